@@ -1,0 +1,53 @@
+"""pruna-ir: a compiler for trained PyTorch models whose every pass states and proves its promise.
+
+Names are imported on first use, so that ``import pruna_ir`` does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pruna_ir.call import Call as Call
+    from pruna_ir.capture import capture as capture
+    from pruna_ir.data import Batch as Batch, TensorData as TensorData, load_data as load_data
+    from pruna_ir.errors import PrunaError as PrunaError
+    from pruna_ir.printer import print_program as print_program
+    from pruna_ir.program import Program as Program, TensorSpec as TensorSpec
+    from pruna_ir.transform import (
+        Context as Context,
+        Effect as Effect,
+        Pass as Pass,
+        Remark as Remark,
+        Rewrite as Rewrite,
+        apply as apply,
+    )
+    from pruna_ir.verify import verify as verify
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Batch": "data",
+    "Call": "call",
+    "Context": "transform",
+    "Effect": "transform",
+    "Pass": "transform",
+    "Program": "program",
+    "PrunaError": "errors",
+    "Remark": "transform",
+    "Rewrite": "transform",
+    "TensorData": "data",
+    "TensorSpec": "program",
+    "apply": "transform",
+    "capture": "capture",
+    "load_data": "data",
+    "print_program": "printer",
+}
+__all__ = ["__version__", *sorted(_HOMES)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pruna_ir' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"pruna_ir.{_HOMES[name]}"), name)

@@ -1,0 +1,412 @@
+"""Passes: what they are, what they promise, and the rewriter through which they edit a program.
+
+A pass is a frozen dataclass whose fields are its options. It edits a fork of the program through
+a `Rewrite`; `apply` runs it and returns the new program with its remarks. The pipeline checks
+the promise that the pass's `Effect` states.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import fx
+
+from pruna_ir.call import Call, bind_arguments, unbind_arguments
+from pruna_ir.errors import PassError
+from pruna_ir.printer import print_node
+from pruna_ir.program import Applied, Program, module_path, source_line
+from pruna_ir.propagate import fake_mode, propagated, same_value
+from pruna_ir.spec import print_pass
+
+if TYPE_CHECKING:
+    from pruna_ir.data import DataSource
+
+API_VERSION = 1
+"""The version of the pass and backend interfaces; a plugin states the one it was written for."""
+
+
+class Effect(enum.Enum):
+    """What a pass promises, and so which check the pipeline runs after it."""
+
+    EXACT = "exact"
+    """The same function, bit for bit."""
+    ROUNDING = "rounding"
+    """The same function over the real numbers; only rounding differs."""
+    BOUNDED = "bounded"
+    """An approximation within the pass's budget (`Pass.min_sqnr_db`)."""
+    ORACLE = "oracle"
+    """Another function, which the pass states exactly (`Rewrite.promise`)."""
+
+
+@dataclass(frozen=True)
+class Remark:
+    """What a pass did, or did not do, to one node, and why."""
+
+    pass_name: str
+    kind: str
+    """``"applied"``, ``"missed"`` (a near miss) or ``"note"``."""
+    node: str
+    message: str
+    source: str
+    """The user's source line, such as ``net.py:41``; empty where unknown."""
+
+    def __str__(self) -> str:
+        where = f" ({self.source})" if self.source else ""
+        return f"{self.pass_name}: {self.kind}: {self.node}{where}: {self.message}"
+
+
+Oracle = Callable[[Program, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]
+"""Maps the program before the pass and float64 inputs to the outputs that it must now have."""
+
+Progress = Callable[[str, int, int], None]
+"""Called as ``progress(what, done, total)`` during long work."""
+
+
+def no_progress(_what: str, _done: int, _total: int) -> None:
+    """Report nothing."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may use besides the program.
+
+    Attributes:
+        data: calibration or training data, where the user gave some.
+        target: the name of the backend that the program is meant for; empty where it is open.
+        progress: called during long work.
+        seed: the seed of everything random.
+    """
+
+    data: DataSource | None = None
+    target: str = ""
+    progress: Progress = no_progress
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The base of every pass: subclass as a frozen dataclass whose fields are the options.
+
+    Class attributes:
+        name: the pass's name in pipeline text, a verb phrase such as ``fold-batch-norm``.
+        effect: what the pass promises.
+        min_sqnr_db: for BOUNDED passes, the lowest signal-to-quantisation-noise ratio (dB) of
+            any output against the program before the pass.
+        api_version: the version of this interface that the pass was written for.
+    """
+
+    name: ClassVar[str]
+    effect: ClassVar[Effect]
+    min_sqnr_db: ClassVar[float] = 20.0
+    api_version: ClassVar[int] = API_VERSION
+
+    def rewrite(self, rw: Rewrite) -> None:
+        """Edit the program under ``rw``. Guards first: match, check, rewrite, or ``rw.skip``."""
+        raise TypeError(f"{type(self).__name__} must define rewrite()")
+
+
+class Rewrite:
+    """A program under rewrite: the only way in which a pass edits a graph.
+
+    Every edit keeps shapes fresh and provenance attached. A pass reads ``rw.program`` (its own
+    fork) and must not keep the Rewrite after `Pass.rewrite` returns.
+    """
+
+    def __init__(
+        self, program: Program, pass_name: str, context: Context, scope: str = "*"
+    ) -> None:
+        self.program = program.fork()
+        self.before = program
+        self.context = context
+        self.remarks: list[Remark] = []
+        self.oracle: Oracle | None = None
+        self._pass_name = pass_name
+        self._scope = scope
+        self._mode = fake_mode(self.program)
+        self._stale: set[fx.Node] = set()
+        self._taken: set[str] = set(self.program.tensors())
+
+    # -- reading ---------------------------------------------------------------------------
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph under rewrite."""
+        return self.program.graph
+
+    def calls(self, *targets: Any) -> Iterator[fx.Node]:
+        """The calls of these targets (all calls for none) inside the pass's scope, as a snapshot."""
+        return (node for node in list(self.program.calls(*targets)) if self.in_scope(node))
+
+    def in_scope(self, node: fx.Node) -> bool:
+        """Whether the ``submodule<glob>`` scope around the pass covers the node."""
+        if self._scope == "*":
+            return True
+        path = module_path(node)
+        return fnmatchcase(path, self._scope) or fnmatchcase(path, f"{self._scope}.*")
+
+    def call(self, node: fx.Node) -> Call:
+        """The arguments of a call by schema name."""
+        return Call(self.program, node)
+
+    # -- remarks ---------------------------------------------------------------------------
+
+    def skip(self, node: fx.Node, reason: str) -> None:
+        """Record a near miss: the node looked right, but for ``reason`` nothing was done."""
+        self._remark("missed", node, reason)
+
+    def applied(self, node: fx.Node, what: str) -> None:
+        """Record what was done to a node."""
+        self._remark("applied", node, what)
+
+    def note(self, node: fx.Node, text: str) -> None:
+        """Record a fact about a node."""
+        self._remark("note", node, text)
+
+    def _remark(self, kind: str, node: fx.Node, message: str) -> None:
+        self.remarks.append(Remark(self._pass_name, kind, node.name, message, source_line(node)))
+
+    def error(self, node: fx.Node, message: str) -> PassError:
+        """An error that shows the node and its source; for ``raise rw.error(node, ...)``."""
+        where = f"\n  model source: {source_line(node)}" if source_line(node) else ""
+        return PassError(f"{self._pass_name}: {message}\n  {print_node(node)}{where}")
+
+    def promise(self, oracle: Oracle) -> None:
+        """State exactly what the program now computes; required of ORACLE passes that change it."""
+        self.oracle = oracle
+
+    # -- editing ---------------------------------------------------------------------------
+
+    def insert(
+        self, target: torch._ops.OpOverload, /, *, before: fx.Node, like: fx.Node, **arguments: Any
+    ) -> fx.Node:
+        """A new call, placed before a node, with the provenance of ``like``.
+
+        Arguments are given by schema name. The result's shape is propagated at once.
+        """
+        args, kwargs = unbind_arguments(target, arguments)
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(target, args, kwargs)
+        _copy_provenance(like, node)
+        node.meta["val"] = propagated(self.program, node, self._mode)
+        return node
+
+    def insert_function(
+        self, function: Callable[..., Any], *args: Any, before: fx.Node, like: fx.Node
+    ) -> fx.Node:
+        """A new call of ``getitem`` or size arithmetic (things without a schema)."""
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(function, args)
+        _copy_provenance(like, node)
+        node.meta["val"] = propagated(self.program, node, self._mode)
+        return node
+
+    def inline(
+        self, node: fx.Node, function: Callable[..., Any], arguments: Mapping[str, Any]
+    ) -> fx.Node:
+        """Replace a node by the operators that ``function(**arguments)`` calls; returns the result.
+
+        The function calls ``torch.ops`` operators only, with no branch on a tensor's value; node
+        arguments reach it as proxies.
+        """
+        tracer = fx.proxy.GraphAppendingTracer(self.graph)
+        first_new = node.prev
+        with self.graph.inserting_before(node):
+            proxied = fx.map_arg(dict(arguments), lambda n: fx.Proxy(n, tracer))
+            result = function(**proxied)
+        if not isinstance(result, fx.Proxy):
+            raise PassError(f"inlining {node.name}: the function must return one tensor")
+        current = first_new.next
+        while current is not node:
+            self._normalise(current)
+            _copy_provenance(node, current)
+            current.meta["val"] = propagated(self.program, current, self._mode)
+            current = current.next
+        self.replace(node, result.node)
+        return result.node
+
+    def _normalise(self, node: fx.Node) -> None:
+        if isinstance(node.target, torch._ops.OpOverload):
+            node.args, node.kwargs = unbind_arguments(node.target, bind_arguments(node))
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Let every reader of ``old`` read ``new`` instead, and remove ``old``."""
+        readers = old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        self._stale.update(readers)
+        self.graph.erase_node(old)
+
+    def update(self, node: fx.Node, /, **arguments: Any) -> None:
+        """Change arguments of a call, by schema name; shapes follow at `refresh` or `finish`."""
+        if not isinstance(node.target, torch._ops.OpOverload):
+            raise PassError(f"{node.name} has no schema; replace it instead")
+        bound = bind_arguments(node) | arguments
+        node.args, node.kwargs = unbind_arguments(node.target, bound)
+        self._stale.add(node)
+
+    def erase(self, node: fx.Node) -> None:
+        """Remove a node that nobody reads."""
+        self.graph.erase_node(node)
+
+    # -- tensors ---------------------------------------------------------------------------
+
+    def constant(self, tensor: torch.Tensor, name: str, *, before: fx.Node) -> fx.Node:
+        """A new named tensor (a Parameter stays one) and the node that reads it.
+
+        The name is made unique by a number where it is taken.
+        """
+        unique = self._unique(name)
+        _set_tensor(self.program.module, unique, tensor)
+        with self.graph.inserting_before(before):
+            node = self.graph.get_attr(unique)
+        node.meta["val"] = propagated(self.program, node, self._mode)
+        return node
+
+    def set_tensor(self, name: str, tensor: torch.Tensor) -> None:
+        """Give a name another tensor, for all of its readers; shapes follow at `refresh`."""
+        old = self.program.tensor(name)
+        if isinstance(old, torch.nn.Parameter) and not isinstance(tensor, torch.nn.Parameter):
+            tensor = torch.nn.Parameter(tensor.detach(), requires_grad=old.requires_grad)
+        _set_tensor(self.program.module, name, tensor)
+        for node in self.graph.nodes:
+            if node.op == "get_attr" and node.target == name:
+                self._stale.add(node)
+
+    def derive(self, source: fx.Node, tensor: torch.Tensor, reader: fx.Node) -> fx.Node:
+        """A node for a changed copy of a parameter, to be read by ``reader`` alone.
+
+        Keeps the parameter's name where ``reader`` is its only reader; otherwise the other
+        readers keep the old tensor and the copy gets a name of its own.
+        """
+        name = str(source.target)
+        readers = [
+            node
+            for get in self.graph.find_nodes(op="get_attr", target=name)
+            for node in get.users
+        ]
+        if readers == [reader]:
+            self.set_tensor(name, tensor)
+            return source
+        if isinstance(self.program.tensor(name), torch.nn.Parameter):
+            tensor = torch.nn.Parameter(tensor.detach())
+        return self.constant(tensor, name, before=reader)
+
+    def _unique(self, name: str) -> str:
+        candidate, number = name, 0
+        while candidate in self._taken or hasattr(self.program.module, candidate):
+            number += 1
+            candidate = f"{name}_{number}"
+        self._taken.add(candidate)
+        return candidate
+
+    def finish(self) -> Program:
+        """The rewritten program: dead nodes removed, shapes propagated, code compiled."""
+        remove_dead_nodes(self.graph)
+        self.refresh()
+        module = fx.GraphModule(self.program.module, self.graph, class_name="Program")
+        return replace(self.program, module=module)
+
+    def refresh(self) -> None:
+        """Propagate shapes from every changed node to all that depend on it."""
+        if not self._stale:
+            return
+        for node in self.graph.nodes:
+            if node in self._stale and node.op != "output":
+                fresh = propagated(self.program, node, self._mode)
+                if not same_value(node.meta["val"], fresh):
+                    node.meta["val"] = fresh
+                    self._stale.update(node.users)
+        self._stale.clear()
+
+
+def _set_tensor(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    *path, leaf = name.split(".")
+    owner = module
+    for part in path:
+        if not hasattr(owner, part):
+            owner.add_module(part, torch.nn.Module())
+        owner = getattr(owner, part)
+    if leaf in owner._buffers and isinstance(tensor, torch.nn.Parameter):
+        del owner._buffers[leaf]
+    if leaf in owner._parameters and not isinstance(tensor, torch.nn.Parameter):
+        del owner._parameters[leaf]
+    if isinstance(tensor, torch.nn.Parameter):
+        owner.register_parameter(leaf, tensor)
+    else:
+        if leaf not in owner._buffers and hasattr(owner, leaf):
+            delattr(owner, leaf)
+        owner.register_buffer(leaf, tensor)
+
+
+_PROVENANCE = ("nn_module_stack", "stack_trace", "from_node", "torch_fn")
+
+
+def _copy_provenance(source: fx.Node, target: fx.Node) -> None:
+    for key in _PROVENANCE:
+        if key in source.meta:
+            target.meta[key] = source.meta[key]
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Whether a node may vanish when nobody reads it: no mutation, no assertion, no randomness."""
+    if node.op in ("placeholder", "output"):
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        if str(node.target).startswith("aten._assert_tensor_metadata"):
+            return True
+        return not node.target._schema.is_mutable and not str(node.target).startswith(
+            ("aten._assert", "aten.sym_constrain")
+        )
+    return True
+
+
+def remove_dead_nodes(graph: fx.Graph) -> int:
+    """Erase pure nodes that nobody reads; returns how many."""
+    removed = 0
+    for node in reversed(graph.nodes):
+        if not node.users and is_pure(node):
+            graph.erase_node(node)
+            removed += 1
+    return removed
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What one run of one pass did.
+
+    ``modified`` compares structural hashes: it never relies on the pass's word.
+    """
+
+    program: Program
+    remarks: tuple[Remark, ...]
+    modified: bool
+    seconds: float
+    oracle: Oracle | None = field(default=None, repr=False)
+
+
+def apply(
+    pass_: Pass, program: Program, context: Context | None = None, *, scope: str = "*"
+) -> PassResult:
+    """Run one pass; the program given stays as it is.
+
+    Raises:
+        PassError: the pass refuses the program, or an ORACLE pass changed it without a promise.
+    """
+    start = time.perf_counter()
+    rw = Rewrite(program, pass_.name, context or Context(), scope)
+    pass_.rewrite(rw)
+    after = rw.finish()
+    before_hash, after_hash = program.hash(), after.hash()
+    modified = before_hash != after_hash
+    if modified and pass_.effect is Effect.ORACLE and rw.oracle is None:
+        raise PassError(f"{pass_.name} changed the function without stating what it now computes")
+    if modified:
+        after = after.with_history(Applied(print_pass(pass_), before_hash, after_hash))
+    seconds = time.perf_counter() - start
+    return PassResult(
+        after if modified else program, tuple(rw.remarks), modified, seconds, rw.oracle
+    )
