@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -61,8 +61,11 @@ class Remark:
         return f"{self.pass_name}: {self.kind}: {self.node}{where}: {self.message}"
 
 
+COMPUTES = "computes"
+"""The key in ``node.meta`` under which a new node names the old one whose value it computes."""
+
 Oracle = Callable[[Program, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]
-"""Maps the program before the pass and float64 inputs to the outputs that it must now have."""
+"""Maps the program before the pass and inputs to the outputs, in float64, that it must now have."""
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(what, done, total)`` during long work."""
@@ -119,7 +122,7 @@ class Rewrite:
     """
 
     def __init__(
-        self, program: Program, pass_name: str, context: Context, scope: str = "*"
+        self, program: Program, pass_name: str, context: Context, scope: Sequence[str] = ()
     ) -> None:
         self.program = program.fork()
         self.before = program
@@ -144,11 +147,9 @@ class Rewrite:
         return (node for node in list(self.program.calls(*targets)) if self.in_scope(node))
 
     def in_scope(self, node: fx.Node) -> bool:
-        """Whether the ``submodule<glob>`` scope around the pass covers the node."""
-        if self._scope == "*":
-            return True
+        """Whether every ``submodule<glob>`` scope around the pass covers the node."""
         path = module_path(node)
-        return fnmatchcase(path, self._scope) or fnmatchcase(path, f"{self._scope}.*")
+        return all(fnmatchcase(path, g) or fnmatchcase(path, f"{g}.*") for g in self._scope)
 
     def call(self, node: fx.Node) -> Call:
         """The arguments of a call by schema name."""
@@ -179,6 +180,11 @@ class Rewrite:
     def promise(self, oracle: Oracle) -> None:
         """State exactly what the program now computes; required of ORACLE passes that change it."""
         self.oracle = oracle
+
+    def set_attribute(self, key: str, value: str) -> None:
+        """State a fact about the whole program, such as ``"quantized-for"``: ``"onnx"``."""
+        attributes = {**self.program.attributes, key: value}
+        self.program = replace(self.program, attributes=attributes)
 
     # -- editing ---------------------------------------------------------------------------
 
@@ -236,6 +242,7 @@ class Rewrite:
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Let every reader of ``old`` read ``new`` instead, and remove ``old``."""
+        new.meta.setdefault(COMPUTES, old.name)
         readers = old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
         self._stale.update(readers)
         self.graph.erase_node(old)
@@ -389,7 +396,7 @@ class PassResult:
 
 
 def apply(
-    pass_: Pass, program: Program, context: Context | None = None, *, scope: str = "*"
+    pass_: Pass, program: Program, context: Context | None = None, *, scope: Sequence[str] = ()
 ) -> PassResult:
     """Run one pass; the program given stays as it is.
 

@@ -1,0 +1,261 @@
+"""Quantisation grids, what a target wants of them, and the arithmetic of scales and zero points.
+
+An affine grid represents a real number r by an integer q (Jacob et al., CVPR 2018, equation 1):
+
+    r = (q - zero_point) * scale        q = clamp(round(r / scale) + zero_point, qmin, qmax)
+
+From an observed range [low, high], widened to hold 0 so that zero padding and ReLU are exact:
+
+    asymmetric: scale = (high - low) / (qmax - qmin), zero_point = qmin - round(low / scale)
+    symmetric:  scale = max(low / qmin, high / qmax), zero_point = 0
+
+All of it in float64 with halves rounded to even; the scale is then stored in float32, and the zero
+point follows from the *stored* scale. A range of nothing but zeros gets the scale 1; a scale below
+the smallest normal float32 is raised to it, since runtimes flush subnormals to zero. NaN and
+infinities are refused with the layer's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from pruna_ir.call import Call, bind_arguments
+from pruna_ir.errors import PassError, UsageError
+from pruna_ir.program import Program, module_path
+
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+"""The smallest normal float32: no scale is below it."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The integers ``qmin..qmax``; ``symmetric`` fixes the zero point at 0.
+
+    >>> U8_ASYMMETRIC.bits, U8_ASYMMETRIC.dtype, S8_SYMMETRIC.dtype
+    (8, torch.uint8, torch.int8)
+    """
+
+    qmin: int
+    qmax: int
+    symmetric: bool
+
+    def __post_init__(self) -> None:
+        if not -(2**15) <= self.qmin <= 0 <= self.qmax < 2**16 or self.qmin == self.qmax:
+            raise UsageError(
+                f"a grid must hold 0 and lie within 16 bits, not {self.qmin}..{self.qmax}"
+            )
+        if self.symmetric and not self.qmin < 0 < self.qmax:
+            raise UsageError(
+                f"a symmetric grid needs integers on both sides of 0, not {self.qmin}..{self.qmax}"
+            )
+
+    @property
+    def bits(self) -> int:
+        """The bits that a value of the grid takes."""
+        return (self.qmax - self.qmin).bit_length()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The integer dtype that stores the grid."""
+        if self.qmin < 0:
+            return torch.int8 if self.qmin >= -128 and self.qmax <= 127 else torch.int16
+        return torch.uint8 if self.qmax <= 255 else torch.uint16
+
+    def __str__(self) -> str:
+        return f"{'s' if self.qmin < 0 else 'u'}{self.bits}[{self.qmin}, {self.qmax}]"
+
+
+U8_ASYMMETRIC = Grid(0, 255, symmetric=False)
+S8_ASYMMETRIC = Grid(-128, 127, symmetric=False)
+S8_SYMMETRIC = Grid(-128, 127, symmetric=True)
+S8_WEIGHT = Grid(-127, 127, symmetric=True)
+"""Weights leave out -128: the range is symmetric, and u8 * s8 pairs cannot overflow 16 bits."""
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """How a target wants a program quantised; a backend states its own as ``scheme``.
+
+    Attributes:
+        activation: the grid of activations, one scale per tensor.
+        weight: the grid of weights, one scale per output channel; symmetric.
+        residual: which inputs of a residual add in a convolutional net are quantised: ``both``,
+            only the ``identity`` branch (the one that is no convolution's sole output), ``none``.
+        attention: quantise both operands of products of two activations (matmul, bmm).
+        average_pool: quantise the inputs of average pools, so that they run on integers.
+        repeat_behind_movers: a reader behind a max pool, reshape or other operator that only moves
+            values gets a fake-quant of its own with the mover's input parameters; otherwise the
+            target carries the quantisation through by itself.
+    """
+
+    activation: Grid
+    weight: Grid = S8_WEIGHT
+    residual: Literal["both", "identity", "none"] = "both"
+    attention: bool = False
+    average_pool: bool = True
+    repeat_behind_movers: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.weight.symmetric:
+            raise UsageError(f"weights take a symmetric grid, not {self.weight}")
+
+
+@dataclass(frozen=True)
+class QuantParameters:
+    """A scale (float32) and zero point (int32), [] or one per channel of ``axis``, on a grid."""
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+    grid: Grid
+    axis: int | None = None
+
+    def integers(self, x: torch.Tensor) -> torch.Tensor:
+        """The grid's integers nearest to ``x``, as int32, computed in float64."""
+        scale, zero = self._along(x)
+        levels = torch.round(x.double() / scale) + zero
+        return levels.clamp(self.grid.qmin, self.grid.qmax).to(torch.int32)
+
+    def reals(self, q: torch.Tensor) -> torch.Tensor:
+        """The float64 numbers that integers of the grid stand for."""
+        scale, zero = self._along(q)
+        return (q.double() - zero) * scale
+
+    def _along(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.axis is None:
+            return self.scale.double(), self.zero_point.double()
+        shape = [-1] + [1] * (x.dim() - 1 - self.axis % x.dim())
+        return self.scale.double().reshape(shape), self.zero_point.double().reshape(shape)
+
+
+def choose_parameters(
+    low: torch.Tensor | float,
+    high: torch.Tensor | float,
+    grid: Grid,
+    layer: str,
+    axis: int | None = None,
+) -> QuantParameters:
+    """The scale and zero point whose grid spans ``[low, high]`` and represents 0 exactly.
+
+    Args:
+        low: the least value, a number or [C]; above 0 counts as 0.
+        high: the greatest value, likewise; below 0 counts as 0.
+        grid: the integers.
+        layer: named in the error.
+        axis: the axis of the channels where ``low`` and ``high`` are [C].
+
+    Raises:
+        PassError: a bound is NaN or infinite, or ``low > high``.
+
+    >>> parameters = choose_parameters(-1.0, 3.0, U8_ASYMMETRIC, "conv1")
+    >>> float(parameters.scale), int(parameters.zero_point)
+    (0.01568627543747425, 64)
+    """
+    least = torch.as_tensor(low, dtype=torch.float64)
+    most = torch.as_tensor(high, dtype=torch.float64)
+    if not (torch.isfinite(least).all() and torch.isfinite(most).all()):
+        raise PassError(
+            f"{layer}: its range holds NaN or infinity, which no grid can represent; look for "
+            "an overflow in the model, or exclude the layer"
+        )
+    if (least > most).any():
+        raise PassError(f"{layer}: its range is empty (low above high)")
+    least, most = least.clamp(max=0.0), most.clamp(min=0.0)
+    scale = _stored(_scale(least, most, grid))
+    if grid.symmetric:
+        zero = torch.zeros_like(scale, dtype=torch.int32)
+    else:
+        exact = grid.qmin - torch.round(least / scale.double())
+        zero = exact.clamp(grid.qmin, grid.qmax).to(torch.int32)
+    return QuantParameters(scale, zero, grid, axis)
+
+
+def _scale(least: torch.Tensor, most: torch.Tensor, grid: Grid) -> torch.Tensor:
+    if grid.symmetric:
+        return torch.maximum(least / grid.qmin, most / grid.qmax)
+    return (most - least) / (grid.qmax - grid.qmin)
+
+
+def _stored(scale: torch.Tensor) -> torch.Tensor:
+    """A float64 scale as it is stored: float32, 1 for 0, never subnormal."""
+    return torch.where(scale == 0, 1.0, scale.clamp(min=SMALLEST_SCALE)).to(torch.float32)
+
+
+def fake_quant_op() -> Any:
+    """The operator ``pruna::fake_quant``, registered on first use."""
+    from pruna_ir import registry
+
+    return registry.load(registry.find(registry.KERNELS, "fake_quant")).op
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """One fake-quantised operand of a layer, for reports.
+
+    Attributes:
+        layer: the module path of the reading layer, or its node name.
+        node: the reading node.
+        operator: the reading operator, such as ``aten.conv2d``.
+        operand: the reader's argument, such as ``weight``.
+        bits: the bits of the grid.
+        scale: the smallest and largest scale (equal where there is one).
+        zero_point: the smallest and largest zero point.
+        axis: the channel axis; None where the scale is one per tensor.
+        grid: the integers, such as ``u8[0, 255]``.
+    """
+
+    layer: str
+    node: str
+    operator: str
+    operand: str
+    bits: int
+    scale: tuple[float, float]
+    zero_point: tuple[int, int]
+    axis: int | None
+    grid: str
+
+
+def describe(program: Program) -> list[QuantizedTensor]:
+    """One row per fake-quantised operand, in graph order; empty for a float program."""
+    op = fake_quant_op()
+    return [
+        _row(program, node, operand, source)
+        for node in program.calls()
+        if isinstance(node.target, torch._ops.OpOverload) and node.target is not op
+        for operand, source in _operands(bind_arguments(node))
+        if source.target is op
+    ]
+
+
+def _operands(bound: Mapping[str, Any]) -> Iterator[tuple[str, fx.Node]]:
+    for name, value in bound.items():
+        if isinstance(value, fx.Node):
+            yield name, value
+        elif isinstance(value, (list, tuple)):
+            yield from (
+                (f"{name}[{i}]", v) for i, v in enumerate(value) if isinstance(v, fx.Node)
+            )
+
+
+def _row(program: Program, node: fx.Node, operand: str, source: fx.Node) -> QuantizedTensor:
+    call = Call(program, source)
+    scale, zero = call.parameter("scale"), call.parameter("zero_point")
+    if scale is None or zero is None:
+        raise PassError(f"{source.name}: its scale or zero point is no constant of the program")
+    qmin, qmax = int(call.number("qmin")), int(call.number("qmax"))
+    grid = Grid(qmin, qmax, symmetric=qmin < 0 and not bool(zero.any()))
+    return QuantizedTensor(
+        layer=module_path(node) or node.name,
+        node=node.name,
+        operator=str(node.target).removesuffix(".default"),
+        operand=operand,
+        bits=grid.bits,
+        scale=(float(scale.min()), float(scale.max())),
+        zero_point=(int(zero.min()), int(zero.max())),
+        axis=call.arg("axis"),
+        grid=str(grid),
+    )
