@@ -290,7 +290,7 @@ def _flatten_inputs(
     graph = module.graph
     placeholders = graph.find_nodes(op="placeholder")
     kept: list[torch.Tensor] = []
-    anchor = next(iter(graph.nodes))
+    anchor = next(node for node in graph.nodes if node.op != "placeholder")
     for position, (node, example) in enumerate(zip(placeholders, examples, strict=True)):
         if not isinstance(example, torch.Tensor):
             if node.users:
@@ -303,8 +303,7 @@ def _flatten_inputs(
         if names is not None and names[position].isidentifier():
             node.target = node.name = names[position]
         kept.append(example.detach())
-        if node is not anchor:
-            anchor.prepend(node)
+        anchor.prepend(node)
     return kept
 
 
