@@ -11,16 +11,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pruna_ir.call import Call as Call
     from pruna_ir.capture import capture as capture
-    from pruna_ir.data import Batch as Batch, TensorData as TensorData, load_data as load_data
+    from pruna_ir.data import Batch as Batch
+    from pruna_ir.data import TensorData as TensorData
+    from pruna_ir.data import load_data as load_data
     from pruna_ir.errors import PrunaError as PrunaError
     from pruna_ir.printer import print_program as print_program
-    from pruna_ir.program import Program as Program, TensorSpec as TensorSpec
+    from pruna_ir.program import Program as Program
+    from pruna_ir.program import TensorSpec as TensorSpec
     from pruna_ir.transform import (
         Context as Context,
+    )
+    from pruna_ir.transform import (
         Effect as Effect,
+    )
+    from pruna_ir.transform import (
         Pass as Pass,
+    )
+    from pruna_ir.transform import (
         Remark as Remark,
+    )
+    from pruna_ir.transform import (
         Rewrite as Rewrite,
+    )
+    from pruna_ir.transform import (
         apply as apply,
     )
     from pruna_ir.verify import verify as verify

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class _Argument:
     default: Any
 
 
-@lru_cache(maxsize=None)
+@cache
 def _arguments(target: torch._ops.OpOverload) -> tuple[_Argument, ...]:
     return tuple(
         _Argument(a.name, a.kwarg_only, a.has_default_value(), a.default_value)

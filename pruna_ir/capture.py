@@ -68,7 +68,9 @@ def _named_leaves(
     parameters = list(inspect.signature(module.forward).parameters.values())
     variadic = [p.name for p in parameters if p.kind is inspect.Parameter.VAR_POSITIONAL]
     names = [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_POSITIONAL]
-    roots = [names[i] if i < len(names) and not variadic else f"input_{i}" for i in range(len(args))]
+    roots = [
+        names[i] if i < len(names) and not variadic else f"input_{i}" for i in range(len(args))
+    ]
     leaves: dict[str, Any] = {}
     for root, value in [*zip(roots, args, strict=True), *kwargs.items()]:
         for path, leaf in pytree.tree_leaves_with_path(value):
@@ -124,50 +126,49 @@ def _export(
     dynamic_batch: bool,
     dynamic_dims: Mapping[str, Mapping[int, str]],
 ) -> Program:
-    names = {name: dict(dynamic_dims.get(name, {})) for name in named}
-    if dynamic_batch:
-        for name, value in named.items():
-            if isinstance(value, torch.Tensor) and value.dim() > 0:
-                names[name].setdefault(0, BATCH)
-    pairs = iter(names.items())
-    shapes = pytree.tree_map(lambda leaf: _dynamic(leaf, next(pairs)[1]), (args, kwargs))
-    wanted_one = any(
-        isinstance(v, torch.Tensor) and v.dim() > 0 and v.shape[0] == 1 and 0 in names[n]
-        for n, v in named.items()
-    )
-    widened = (_twice(args), _twice(kwargs)) if wanted_one else (args, kwargs)
-    exported = _run_export(module, *widened, shapes)
-    program = from_exported(exported, names, list(named))
+    asked = {name: dict(dynamic_dims.get(name, {})) for name in named}
+    if not dynamic_batch:
+        return _capture_with(module, args, kwargs, named, asked)
+    wanted = {
+        name: {0: BATCH} | asked[name] if _has_batch(value) else asked[name]
+        for name, value in named.items()
+    }
+    program = _capture_with(module, _twice(args), _twice(kwargs), named, wanted)
     static = [
-        (spec.name, axis)
-        for spec, (_, dims) in zip(program.inputs, _tensor_items(names, named), strict=True)
-        for axis in dims
+        (name, axis)
+        for spec in program.inputs
+        for name, axis in ((spec.name, axis) for axis in wanted.get(spec.name, {}))
         if isinstance(spec.shape[axis], int)
     ]
-    lost = [(name, axis) for name, axis in static if dynamic_dims.get(name, {}).get(axis)]
-    if lost:
-        raise CaptureError(
-            f"dimension {lost[0][1]} of input {lost[0][0]} cannot be dynamic: the model fixes it "
-            "to the example's size; look for shapes read as Python numbers, or do not ask for it"
-        )
+    for name, axis in static:
+        if axis in asked[name]:
+            raise CaptureError(
+                f"dimension {axis} of input {name} cannot be dynamic: the model fixes it to the "
+                "example's size; look for shapes read as Python numbers, or do not ask for it"
+            )
     if not static:
         return program
     # The model fixes its batch: capture what the user gave, not the doubled example.
-    frozen = pytree.tree_map(lambda leaf: _dynamic(leaf, {}), (args, kwargs))
-    fixed = {name: {} for name in named} if not dynamic_dims else {
-        name: dict(dynamic_dims.get(name, {})) for name in named
-    }
-    if dynamic_dims:
-        pairs = iter(fixed.items())
-        frozen = pytree.tree_map(lambda leaf: _dynamic(leaf, next(pairs)[1]), (args, kwargs))
-    program = from_exported(_run_export(module, args, kwargs, frozen), fixed, list(named))
+    program = _capture_with(module, args, kwargs, named, asked)
     return replace(program, attributes={"batch": "static: the model fixes its batch size"})
 
 
-def _tensor_items(
-    names: Mapping[str, Mapping[int, str]], named: Mapping[str, Any]
-) -> list[tuple[str, Mapping[int, str]]]:
-    return [(n, dims) for n, dims in names.items() if isinstance(named[n], torch.Tensor)]
+def _has_batch(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0
+
+
+def _capture_with(
+    module: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    named: Mapping[str, Any],
+    dynamic: Mapping[str, Mapping[int, str]],
+) -> Program:
+    """Export with exactly these dynamic dimensions: input name -> {dimension: name}."""
+    per_leaf = iter(dynamic.values())
+    shapes = pytree.tree_map(lambda leaf: _dynamic(leaf, next(per_leaf)), (args, kwargs))
+    exported = _run_export(module, args, kwargs, shapes)
+    return from_exported(exported, dynamic, list(named))
 
 
 def _dynamic(leaf: Any, dims: Mapping[int, str]) -> Any:
@@ -180,9 +181,7 @@ def _twice(tree: Any) -> Any:
     """The tree with every tensor of batch 1 repeated along the batch dimension."""
 
     def widen(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] == 1:
-            return torch.cat([leaf, leaf])
-        return leaf
+        return torch.cat([leaf, leaf]) if _has_batch(leaf) and leaf.shape[0] == 1 else leaf
 
     return pytree.tree_map(widen, tree)
 
@@ -213,11 +212,13 @@ def _by_parameter(
     return named | ({variadic: extra} if variadic and extra else {})
 
 
+_NO_BRANCHES = (
+    "replace branches and shapes that depend on tensor values, for example with torch.where, or "
+    "move that part out of the captured module"
+)
 _REMEDIES = (
-    ("data-dependent", "replace branches and shapes that depend on tensor values, for example "
-     "with torch.where, or move that part out of the captured module"),
-    ("GuardOnDataDependentSymNode", "replace branches and shapes that depend on tensor values, for "
-     "example with torch.where, or move that part out of the captured module"),
+    ("data-dependent", _NO_BRANCHES),
+    ("GuardOnDataDependentSymNode", _NO_BRANCHES),
     ("size mismatch", "check the shapes of the example inputs"),
     ("shapes cannot be multiplied", "check the shapes of the example inputs"),
     ("Expected", "check the dtypes and shapes of the example inputs"),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -53,7 +53,7 @@ class CheckReport:
     where: str
     passed: bool
     rounding: float = 0.0
-    gates: Gates = Gates()
+    gates: Gates = field(default_factory=Gates)
 
     def __str__(self) -> str:
         unit = " dB" if self.effect is Effect.BOUNDED else ""
@@ -150,9 +150,11 @@ def _rounding(before: Program, after: Program, inputs: list[Stimulus]) -> CheckR
     measured, where = _worst(lifted)
     ratio, ratio_where = _worst(ratios)
     if measured <= LIFTED_TOLERANCE and ratio > ROUNDING_FACTOR:
-        return CheckReport(Effect.ROUNDING, ratio, ROUNDING_FACTOR,
-                           f"{ratio_where} (working precision: error over the reference's own)",
-                           False, ratio, recorder.gates())  # fmt: skip
+        where = f"{ratio_where} (working precision: error over the reference's own)"
+        return CheckReport(
+            Effect.ROUNDING, ratio, ROUNDING_FACTOR, where, passed=False, rounding=ratio,
+            gates=recorder.gates(),
+        )  # fmt: skip
     passed = measured <= LIFTED_TOLERANCE
     return CheckReport(
         Effect.ROUNDING, measured, LIFTED_TOLERANCE, where, passed, ratio, recorder.gates()

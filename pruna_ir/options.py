@@ -1,4 +1,4 @@
-"""From pipeline text to pass objects: options are the pass's dataclass fields, typed and checked."""
+"""From pipeline text to pass objects: options are the pass's fields, typed and checked."""
 
 from __future__ import annotations
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils.weak import WeakIdKeyDictionary
 
 from pruna_ir.errors import InvalidIRError, UsageError
+from pruna_ir.tensor_cache import TensorCache
 
 Size = int | str
 
@@ -204,7 +204,7 @@ class Program:
                 digest.update(f"{node.target}={tensor_digest(self.tensor(node.target))}".encode())
                 continue
             numbers[node] = f"%{len(numbers)}"
-            arguments = fx.map_arg((node.args, node.kwargs), lambda n: _Symbol(number(n)))  # noqa: B023
+            arguments = fx.map_arg((node.args, node.kwargs), lambda n: _Symbol(number(n)))
             digest.update(f"{node.op} {_target_name(node.target)} {arguments}\n".encode())
         return digest.hexdigest()[:16]
 
@@ -222,20 +222,16 @@ def _target_name(target: Any) -> str:
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))
 
 
-_digests: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def tensor_digest(tensor: torch.Tensor) -> str:
-    """A hash of dtype, shape and bytes, remembered until the tensor is written to or dies."""
-    version = tensor._version
-    known = _digests.get(tensor)
-    if known is not None and known[0] == version:
-        return known[1]
+def _digest(tensor: torch.Tensor) -> str:
     content = tensor.detach().contiguous().cpu()
     digest = hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}".encode())
-    digest.update(content.reshape(-1).view(torch.uint8).numpy() if content.numel() else b"")
-    _digests[tensor] = (version, digest.hexdigest()[:16])
-    return _digests[tensor][1]
+    if content.numel():
+        digest.update(content.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+tensor_digest = TensorCache(_digest)
+"""A hash of a tensor's dtype, shape and bytes."""
 
 
 def shape_of(node: fx.Node) -> tuple[int | torch.SymInt, ...] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ class Entry:
     """The distribution that registered it, with its version."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def entries(group: str) -> tuple[Entry, ...]:
     """Every entry of a group, sorted by name, duplicates included."""
     found = {_entry(group, point) for point in entry_points(group=group)}
@@ -83,7 +83,7 @@ def unknown(kind: str, name: str, names: Iterable[str]) -> str:
     return f"unknown {kind} '{name}'; {hint}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(entry: Entry) -> Any:
     """Import what an entry names and check the interface version that it states.
 
@@ -133,7 +133,8 @@ def find_backend(name: str) -> Backend:
     return backend
 
 
-@lru_cache(maxsize=None)
+@cache
 def kernels() -> dict[Any, Any]:
     """Every kernel by its operator overload; importing them registers the operators."""
-    return {kernel.op: kernel for kernel in (load(find(KERNELS, e.name)) for e in entries(KERNELS))}
+    found = [load(find(KERNELS, entry.name)) for entry in entries(KERNELS)]
+    return {kernel.op: kernel for kernel in found}

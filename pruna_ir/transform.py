@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import fx
@@ -65,7 +65,7 @@ COMPUTES = "computes"
 """The key in ``node.meta`` under which a new node names the old one whose value it computes."""
 
 Oracle = Callable[[Program, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]
-"""Maps the program before the pass and inputs to the outputs, in float64, that it must now have."""
+"""Maps the program before the pass, and inputs, to the float64 outputs that it must now have."""
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(what, done, total)`` during long work."""
@@ -111,7 +111,7 @@ class Pass:
 
     def rewrite(self, rw: Rewrite) -> None:
         """Edit the program under ``rw``. Guards first: match, check, rewrite, or ``rw.skip``."""
-        raise TypeError(f"{type(self).__name__} must define rewrite()")
+        raise TypeError(f"{type(self).__name__} must define rewrite(); it was given {rw}")
 
 
 class Rewrite:
@@ -143,7 +143,7 @@ class Rewrite:
         return self.program.graph
 
     def calls(self, *targets: Any) -> Iterator[fx.Node]:
-        """The calls of these targets (all calls for none) inside the pass's scope, as a snapshot."""
+        """The calls of these targets (all for none) inside the pass's scope, as a snapshot."""
         return (node for node in list(self.program.calls(*targets)) if self.in_scope(node))
 
     def in_scope(self, node: fx.Node) -> bool:
@@ -178,7 +178,7 @@ class Rewrite:
         return PassError(f"{self._pass_name}: {message}\n  {print_node(node)}{where}")
 
     def promise(self, oracle: Oracle) -> None:
-        """State exactly what the program now computes; required of ORACLE passes that change it."""
+        """State exactly what the program now computes; ORACLE passes that change it must."""
         self.oracle = oracle
 
     def set_attribute(self, key: str, value: str) -> None:
@@ -215,15 +215,15 @@ class Rewrite:
     def inline(
         self, node: fx.Node, function: Callable[..., Any], arguments: Mapping[str, Any]
     ) -> fx.Node:
-        """Replace a node by the operators that ``function(**arguments)`` calls; returns the result.
+        """Replace a node by the operators that ``function(**arguments)`` calls.
 
         The function calls ``torch.ops`` operators only, with no branch on a tensor's value; node
-        arguments reach it as proxies.
+        arguments reach it as proxies. Returns the node of its result.
         """
         tracer = fx.proxy.GraphAppendingTracer(self.graph)
         first_new = node.prev
         with self.graph.inserting_before(node):
-            proxied = fx.map_arg(dict(arguments), lambda n: fx.Proxy(n, tracer))
+            proxied: Any = fx.map_arg(dict(arguments), lambda n: cast("Any", fx.Proxy(n, tracer)))
             result = function(**proxied)
         if not isinstance(result, fx.Proxy):
             raise PassError(f"inlining {node.name}: the function must return one tensor")

@@ -5,7 +5,7 @@
 3. Called functions are operators with a schema, ``getitem``, or arithmetic on symbolic sizes.
 4. Placeholders and results match the input and output specs.
 5. Every node's shape and dtype equal a fresh propagation.
-6. Parameters and buffers are finite.
+6. Parameters and buffers hold no NaN.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import operator
 
 import torch
 from torch import fx
-from torch.utils.weak import WeakIdKeyDictionary
 
 from pruna_ir.errors import InvalidIRError
 from pruna_ir.printer import print_node
 from pruna_ir.program import Program, TensorSpec
 from pruna_ir.propagate import fake_mode, propagated, same_value
+from pruna_ir.tensor_cache import TensorCache
 
 SIZE_ARITHMETIC = frozenset(
     {
@@ -56,22 +56,14 @@ def _check_node(program: Program, node: fx.Node) -> None:
             raise InvalidIRError(f"{node.name}: {node.target} is not an operator of the IR")
     elif node.op == "get_attr":
         tensor = program.tensor(str(node.target))
-        if not is_finite(tensor):
+        if has_nan(tensor):
             raise InvalidIRError(f"{node.target} holds NaN, which no pass can preserve")
     elif node.op not in ("placeholder", "output"):
         raise InvalidIRError(f"{node.name}: a {node.op} node is not part of the IR")
 
 
-_finite: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is free of NaN (infinities are legal in masks); remembered per tensor."""
-    known = _finite.get(tensor)
-    if known is None or known[0] != tensor._version:
-        known = (tensor._version, not bool(torch.isnan(tensor).any()))
-        _finite[tensor] = known
-    return known[1]
+has_nan = TensorCache(lambda tensor: bool(torch.isnan(tensor).any()))
+"""Whether a tensor holds NaN (infinities are legal: masks hold them)."""
 
 
 def _check_specs(program: Program) -> None:
