@@ -59,6 +59,7 @@ class Step:
     nodes_before: int
     nodes_after: int
     remarks: tuple[Remark, ...]
+    scopes: tuple[str, ...] = ()
     verified: bool = False
     check: CheckReport | None = None
 
@@ -222,7 +223,7 @@ class _Run:
         step = Step(
             pass_.name, print_pass(pass_), result.modified, result.seconds,
             len(before.graph.nodes), len(result.program.graph.nodes), result.remarks,
-            verified=self._verify and result.modified, check=report,
+            scopes, verified=self._verify and result.modified, check=report,
         )  # fmt: skip
         self.steps.append(step)
         self.program = result.program

@@ -125,6 +125,8 @@ class Rewrite:
         self, program: Program, pass_name: str, context: Context, scope: Sequence[str] = ()
     ) -> None:
         self.program = program.fork()
+        for node in self.program.graph.nodes:
+            node.meta.pop(COMPUTES, None)
         self.before = program
         self.context = context
         self.remarks: list[Remark] = []
