@@ -24,7 +24,8 @@ import numpy as np
 from torch import fx
 
 from pruna_ir.errors import LoweringError
-from pruna_ir.program import Program, module_path, source_line
+from pruna_ir.program import Program, TensorSpec, module_path, source_line
+from pruna_ir.stimuli import index_limits
 from pruna_ir.transform import API_VERSION, Context
 
 MANIFEST = "manifest.json"
@@ -93,6 +94,8 @@ class Lowered:
     tool_versions: Mapping[str, str]
     facts: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    fixed: Mapping[str, int] = field(default_factory=dict)
+    """Dynamic dimensions of the program that the artifact takes at one size only."""
 
 
 class Runner(Protocol):
@@ -124,6 +127,10 @@ class Backend(Protocol):
     """What a backend provides. Ours and third parties' implement the same six members.
 
     Vendor packages are imported inside the methods that need them, never at module level.
+
+    A backend that cannot execute everywhere may have a seventh,
+    ``load_intermediate(folder, options) -> Runner | None``: the file that the artifact was built
+    from, where that can run. It is verified when the artifact itself cannot be.
     """
 
     name: ClassVar[str]
@@ -157,12 +164,19 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an artifact is; written as ``manifest.json``."""
+    """What an artifact is; written as ``manifest.json``.
+
+    An input or output has a ``name``, a ``dtype`` and a ``shape`` in which a word is a dynamic
+    dimension; inputs also have the shape of their ``example`` and, for integers, the ``range`` of
+    sensible values.
+    """
 
     backend: str
     main: str
     inputs: list[dict[str, Any]]
     outputs: list[dict[str, Any]]
+    dims: dict[str, list[int | None]]
+    """The smallest and largest size of each dynamic dimension; null for no bound."""
     program_hash: str
     pipeline: list[str]
     attributes: dict[str, str]
@@ -194,23 +208,24 @@ class Manifest:
 
 def make_manifest(backend: str, program: Program, folder: Path, lowered: Lowered) -> Manifest:
     """The manifest of freshly lowered files."""
-
-    def spec(specs: Sequence[Any]) -> list[dict[str, Any]]:
-        return [
-            {
-                "name": s.name,
-                "dtype": str(s.dtype).removeprefix("torch."),
-                "shape": list(s.shape),
-            }
-            for s in specs
-        ]
-
     files = sorted(path for path in folder.rglob("*") if path.is_file())
+    ranges = _integer_ranges(program)
+    inputs = [
+        _spec(spec, lowered.fixed)
+        | {"example": list(example.shape)}
+        | ({"range": ranges[spec.name]} if spec.name in ranges else {})
+        for spec, example in zip(program.inputs, program.examples, strict=True)
+    ]
     return Manifest(
         backend=backend,
         main=lowered.main,
-        inputs=spec(program.inputs),
-        outputs=spec(program.outputs),
+        inputs=inputs,
+        outputs=[_spec(spec, lowered.fixed) for spec in program.outputs],
+        dims={
+            name: [bounds.lower, bounds.upper]
+            for name, bounds in program.dims.items()
+            if name not in lowered.fixed
+        },
         program_hash=program.hash(),
         pipeline=[entry.text for entry in program.history],
         attributes=dict(program.attributes),
@@ -219,6 +234,30 @@ def make_manifest(backend: str, program: Program, folder: Path, lowered: Lowered
         warnings=list(lowered.warnings),
         files={path.relative_to(folder).as_posix(): sha256(path) for path in files},
     )
+
+
+def _spec(spec: TensorSpec, fixed: Mapping[str, int]) -> dict[str, Any]:
+    shape = [fixed.get(size, size) if isinstance(size, str) else size for size in spec.shape]
+    return {
+        "name": spec.name,
+        "dtype": str(spec.dtype).removeprefix("torch."),
+        "shape": shape,
+    }
+
+
+def _integer_ranges(program: Program) -> dict[str, list[int]]:
+    """The smallest and largest sensible value of each integer input: its example's, or an index's.
+
+    An input that is looked up in an embedding takes every row.
+    """
+    limits = index_limits(program)
+    ranges: dict[str, list[int]] = {}
+    for spec, example in zip(program.inputs, program.examples, strict=True):
+        if spec.name in limits:
+            ranges[spec.name] = [0, limits[spec.name] - 1]
+        elif not spec.dtype.is_floating_point and example.numel():
+            ranges[spec.name] = [int(example.min()), int(example.max())]
+    return ranges
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -81,14 +81,19 @@ def example_inputs(
                 lower = program.dims.get(size, DimRange(1)).lower
                 sizes.setdefault(size, max(example.shape[axis], lower, 2))
     return tuple(
-        _resized(example, spec, sizes)
+        resized(example, spec, sizes)
         for spec, example in zip(program.inputs, program.examples, strict=True)
     )
 
 
-def _resized(
+def resized(
     example: torch.Tensor, spec: TensorSpec, sizes: Mapping[str, int]
 ) -> torch.Tensor:
+    """An input at other sizes of its dynamic dimensions, its values repeated or cut.
+
+    Raises:
+        UsageError: there is no value to repeat.
+    """
     for axis, size in enumerate(spec.shape):
         wanted = sizes.get(size) if isinstance(size, str) else None
         if wanted is None or wanted == example.shape[axis]:
