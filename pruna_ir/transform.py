@@ -249,6 +249,12 @@ class Rewrite:
         self._stale.update(readers)
         self.graph.erase_node(old)
 
+    def redirect(self, reader: fx.Node, mapping: Mapping[fx.Node, fx.Node]) -> None:
+        """Let one reader read other nodes in place of those that the mapping names."""
+        args, kwargs = fx.map_arg((reader.args, reader.kwargs), lambda n: mapping.get(n, n))
+        reader.args, reader.kwargs = args, kwargs
+        self._stale.add(reader)
+
     def update(self, node: fx.Node, /, **arguments: Any) -> None:
         """Change arguments of a call, by schema name; shapes follow at `refresh` or `finish`."""
         if not isinstance(node.target, torch._ops.OpOverload):
