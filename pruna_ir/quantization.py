@@ -74,23 +74,30 @@ U8_ASYMMETRIC = Grid(0, 255, symmetric=False)
 S8_ASYMMETRIC = Grid(-128, 127, symmetric=False)
 S8_SYMMETRIC = Grid(-128, 127, symmetric=True)
 S8_WEIGHT = Grid(-127, 127, symmetric=True)
-"""Weights leave out -128: the range is symmetric, and u8 * s8 pairs cannot overflow 16 bits."""
+"""Weights leave out -128, so that the grid is as symmetric as the range."""
 
 
 @dataclass(frozen=True)
 class QuantScheme:
     """How a target wants a program quantised; a backend states its own as ``scheme``.
 
+    The defaults are what ONNX Runtime needs: it runs a convolution on integers only where input,
+    weight and output are all quantised. A compiler that fuses by itself (OpenVINO, TensorRT) does
+    better with ``residual="identity"``, ``layer_outputs=False``, ``repeat_behind_movers=False``.
+
     Attributes:
         activation: the grid of activations, one scale per tensor.
         weight: the grid of weights, one scale per output channel; symmetric.
         residual: which inputs of a residual add in a convolutional net are quantised: ``both``,
-            only the ``identity`` branch (the one that is no convolution's sole output), ``none``.
+            only the ``identity`` (the one that the last convolution does not compute), ``none``.
+            Residual adds of transformers never are.
         attention: quantise both operands of products of two activations (matmul, bmm).
         average_pool: quantise the inputs of average pools, so that they run on integers.
-        repeat_behind_movers: a reader behind a max pool, reshape or other operator that only moves
-            values gets a fake-quant of its own with the mover's input parameters; otherwise the
-            target carries the quantisation through by itself.
+        layer_outputs: quantise the result of every quantised convolution and residual add (after
+            its ReLU), even where only float operators read it.
+        repeat_behind_movers: a quantised reader behind a max pool, concatenation or other operator
+            that only moves values gets a fake-quant of its own, with the parameters of the
+            mover's input; otherwise the target carries the quantisation through by itself.
     """
 
     activation: Grid
@@ -98,6 +105,7 @@ class QuantScheme:
     residual: Literal["both", "identity", "none"] = "both"
     attention: bool = False
     average_pool: bool = True
+    layer_outputs: bool = True
     repeat_behind_movers: bool = True
 
     def __post_init__(self) -> None:
@@ -164,6 +172,8 @@ def choose_parameters(
         )
     if (least > most).any():
         raise PassError(f"{layer}: its range is empty (low above high)")
+    if float(torch.maximum(least.abs(), most.abs()).max()) > torch.finfo(torch.float32).max:
+        raise PassError(f"{layer}: its range goes beyond float32; exclude the layer")
     least, most = least.clamp(max=0.0), most.clamp(min=0.0)
     scale = _stored(_scale(least, most, grid))
     if grid.symmetric:
