@@ -2,15 +2,22 @@
 
 Ours and third parties' register the same way. Listing reads package metadata only and imports
 nothing; a name is imported when it is asked for. Two distributions that claim one name are an
-error that names both; a plugin written for another interface version likewise.
+error that names both; a plugin written for another interface version likewise. What is broken and
+nobody asked for is a warning (`problems`, `PluginWarning`).
+
+A plugin's class states ``api_version`` itself: the version of the interface that it was written
+for, which a value inherited from ours could not tell.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.machinery import ModuleSpec
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +31,9 @@ PASSES = "pruna_ir.passes"
 BACKENDS = "pruna_ir.backends"
 KERNELS = "pruna_ir.kernels"
 COUPLING_RULES = "pruna_ir.coupling_rules"
+
+OURS = "pruna-ir"
+"""The name of our own distribution."""
 
 _KIND = {
     PASSES: "pass",
@@ -43,6 +53,11 @@ class Entry:
     """``package.module:Attribute``."""
     distribution: str
     """The distribution that registered it, with its version."""
+
+    @property
+    def third_party(self) -> bool:
+        """Whether another distribution than ours registered it."""
+        return self.distribution.split()[0] != OURS
 
 
 @cache
@@ -92,33 +107,135 @@ def load(entry: Entry) -> Any:
     """
     try:
         loaded = EntryPoint(entry.name, entry.value, entry.group).load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PluginError(
             f"{_KIND[entry.group]} '{entry.name}' of {entry.distribution} cannot be imported "
             f"({entry.value}): {type(error).__name__}: {error}"
         ) from error
-    _check_version(entry, loaded)
+    if entry.group in (PASSES, BACKENDS):
+        _check_class(entry, loaded)
+    elif entry.group == KERNELS and not (hasattr(loaded, "op") and hasattr(loaded, "reference")):
+        raise PluginError(
+            f"{entry.distribution} registers kernel '{entry.name}', but {entry.value} is a "
+            f"{type(loaded).__name__}, not a pruna_ir.kernels.kernel.Kernel"
+        )
+    elif entry.group == COUPLING_RULES and not callable(loaded):
+        raise PluginError(
+            f"{entry.distribution} registers a coupling rule for '{entry.name}', but "
+            f"{entry.value} is a {type(loaded).__name__}, not a function"
+        )
     return loaded
 
 
-def _check_version(entry: Entry, loaded: Any) -> None:
-    if entry.group not in (PASSES, BACKENDS):
-        return
+def _check_class(entry: Entry, loaded: Any) -> None:
     from pruna_ir import __version__
     from pruna_ir.transform import API_VERSION
 
-    stated = getattr(loaded, "api_version", None)
+    kind = _KIND[entry.group]
+    if not isinstance(loaded, type):
+        raise PluginError(
+            f"{entry.distribution} registers {kind} '{entry.name}', but {entry.value} is a "
+            f"{type(loaded).__name__}, not a class"
+        )
+    stated = _stated_version(entry, loaded)
+    if stated is None:
+        raise PluginError(
+            f"{kind} '{entry.name}' of {entry.distribution} does not state the interface version "
+            f"that it is written for; add 'api_version: ClassVar[int] = {API_VERSION}' to "
+            f"{entry.value}"
+        )
     if stated != API_VERSION:
         raise PluginError(
-            f"{_KIND[entry.group]} '{entry.name}' of {entry.distribution} is written for "
-            f"interface version {stated}, but pruna-ir {__version__} has version {API_VERSION}; "
-            "install matching versions"
+            f"{kind} '{entry.name}' of {entry.distribution} is written for interface version "
+            f"{stated}, but {OURS} {__version__} has version {API_VERSION}; install matching "
+            "versions"
         )
     if getattr(loaded, "name", None) != entry.name:
         raise PluginError(
             f"{entry.distribution} registers '{entry.name}', but {entry.value} calls itself "
             f"{getattr(loaded, 'name', None)!r}"
         )
+
+
+def _stated_version(entry: Entry, loaded: type[Any]) -> int | None:
+    """The interface version that a class states; a third party's inherits none from ours."""
+    if not entry.third_party:
+        return getattr(loaded, "api_version", None)
+    own = (cls for cls in loaded.__mro__ if not cls.__module__.startswith("pruna_ir."))
+    return next((vars(cls)["api_version"] for cls in own if "api_version" in vars(cls)), None)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why something that is registered cannot be used; only asking for it is an error."""
+
+    kind: str
+    """``pass``, ``backend``, ``kernel`` or ``coupling rule``."""
+    name: str
+    distribution: str
+    message: str
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def problems(*, importing: bool = False) -> tuple[Problem, ...]:
+    """Everything that is registered and cannot be used, for ``list`` and ``doctor`` to warn of.
+
+    Finds names that two distributions claim and modules that do not exist; nothing is imported.
+    With ``importing``, every third party's entry is imported and checked as `load` does.
+    """
+    found: list[Problem] = []
+    for group, kind in _KIND.items():
+        claimed: set[str] = set()
+        for entry in entries(group):
+            if entry.name not in claimed:
+                message = _problem(entry, importing=importing)
+                if message:
+                    found.append(Problem(kind, entry.name, entry.distribution, message))
+            claimed.add(entry.name)
+    return tuple(found)
+
+
+def _problem(entry: Entry, *, importing: bool) -> str:
+    """What is wrong with an entry; empty where nothing is."""
+    try:
+        find(entry.group, entry.name)
+        if importing and entry.third_party:
+            load(entry)
+    except PluginError as error:
+        return str(error)
+    module = entry.value.partition(":")[0]
+    if _missing_module(module):
+        return (
+            f"{_KIND[entry.group]} '{entry.name}' of {entry.distribution} is broken: there is no "
+            f"module {module}; reinstall {entry.distribution.split()[0]}"
+        )
+    return ""
+
+
+def _missing_module(module: str) -> bool:
+    """Whether a module does not exist; looked for without importing any of its packages."""
+    path: Sequence[str] | None = None
+    parts = module.split(".")
+    for depth in range(1, len(parts) + 1):
+        spec = _find_spec(".".join(parts[:depth]), path)
+        if spec is None:
+            return True
+        if spec.submodule_search_locations is None:
+            return depth < len(parts)
+        try:
+            path = list(spec.submodule_search_locations)
+        except KeyError:
+            # A namespace package inside one that is not imported cannot tell its folders.
+            return False
+    return False
+
+
+def _find_spec(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
+    """What the import system would find; editable installs have finders of their own."""
+    found = (finder.find_spec(name, path) for finder in sys.meta_path)
+    return next((spec for spec in found if spec is not None), None)
 
 
 def find_pass(name: str) -> type[Pass]:
@@ -133,8 +250,34 @@ def find_backend(name: str) -> Backend:
     return backend
 
 
+class PluginWarning(UserWarning):
+    """A plugin that nobody asked for by name is left out, and why."""
+
+
 @cache
 def kernels() -> dict[Any, Any]:
-    """Every kernel by its operator overload; importing them registers the operators."""
-    found = [load(find(KERNELS, entry.name)) for entry in entries(KERNELS)]
-    return {kernel.op: kernel for kernel in found}
+    """Every kernel by its operator overload; importing them registers the operators.
+
+    A third party's kernel that cannot be used is left out with a `PluginWarning`: whoever calls
+    this asks for none by name.
+
+    Raises:
+        PluginError: two distributions claim one name or one operator.
+    """
+    owners: dict[Any, Entry] = {}
+    for entry in entries(KERNELS):
+        find(KERNELS, entry.name)
+        try:
+            op = load(entry).op
+        except PluginError as error:
+            if not entry.third_party:
+                raise
+            warnings.warn(f"{error}; it is left out", PluginWarning, stacklevel=2)
+            continue
+        if op in owners:
+            raise PluginError(
+                f"operator {op} has a kernel in {owners[op].distribution} "
+                f"({owners[op].value}) and in {entry.distribution} ({entry.value}); uninstall one"
+            )
+        owners[op] = entry
+    return {op: load(entry) for op, entry in owners.items()}
