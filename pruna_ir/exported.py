@@ -28,6 +28,7 @@ import torch
 
 from pruna_ir.errors import CaptureError
 from pruna_ir.program import Program
+from pruna_ir.propagate import propagate
 from pruna_ir.verify import SIZE_ARITHMETIC, verify
 
 _KEPT = re.compile(
@@ -47,6 +48,7 @@ _NAME = re.compile(r"[\w.:\[\]/-]*")
 # Symbols, numbers, calls of sympy's functions and arithmetic: no attribute, no string, no
 # subscript, no dunder.
 _EXPRESSION = re.compile(r"(?:[A-Za-z]\w*|\d+(?:\.\d+)?|[-+*/%(), <>=&|~!]|\s)*")
+_QUOTED_SYMBOL = re.compile(r"\bSymbol\('[A-Za-z]\w*'")
 _FUNCTION = re.compile(r"([A-Za-z]\w*)\s*\(")
 _FUNCTIONS = frozenset(
     {
@@ -87,6 +89,9 @@ def read_exported(path: Path) -> Program:
     if exported.example_inputs is None:
         raise CaptureError(f"{path}: holds no example inputs; export the model again with them")
     program = from_exported(exported)
+    # torch restores no value for nodes that return nothing, such as assertions.
+    missing = [n for n in program.graph.nodes if n.op != "output" and "val" not in n.meta]
+    propagate(program, missing)
     verify(program)
     return program
 
@@ -109,8 +114,7 @@ def _vetted(path: Path) -> io.BytesIO:
             if not _KEPT.fullmatch(record):
                 raise CaptureError(_refusal(path, record, "only tensors and a graph are read"))
             content = _read(archive, name, path)
-            _vet(path, record, content)
-            copy.writestr(f"model/{record}", content)
+            copy.writestr(f"model/{record}", _vet(path, record, content))
     clean.seek(0)
     return clean
 
@@ -126,7 +130,10 @@ def _refusal(path: Path, record: str, reason: str) -> str:
     return f"{path}: refused, since {record} could run code when it is loaded: {reason}"
 
 
-def _vet(path: Path, record: str, content: bytes) -> None:
+def _vet(path: Path, record: str, content: bytes) -> bytes:
+    """The content of a record, once it is known to be data."""
+    if record.endswith(".json"):
+        return _vet_json(path, record, content)
     if _PICKLED.fullmatch(record) and content:
         try:
             torch.load(io.BytesIO(content), weights_only=True)
@@ -134,14 +141,26 @@ def _vet(path: Path, record: str, content: bytes) -> None:
             raise CaptureError(
                 _refusal(path, record, "it is a pickle that holds more than tensors")
             ) from error
-    elif record.endswith(".json"):
-        try:
-            document = json.loads(content)
-        except ValueError as error:
-            raise CaptureError(f"{path}: {record} is not JSON: {error}") from error
-        for key, value in _leaves(document):
-            if problem := _problem(key, value):
-                raise CaptureError(_refusal(path, record, f"{problem}: {str(value)[:60]!r}"))
+    return content
+
+
+def _vet_json(path: Path, record: str, content: bytes) -> bytes:
+    """The JSON written anew, so that torch parses what was vetted and nothing else."""
+    try:
+        document = _without_guards(json.loads(content))
+    except ValueError as error:
+        raise CaptureError(f"{path}: {record} is not JSON: {error}") from error
+    for key, value in _leaves(document):
+        if problem := _problem(key, value):
+            raise CaptureError(_refusal(path, record, f"{problem}: {str(value)[:60]!r}"))
+    return json.dumps(document).encode()
+
+
+def _without_guards(value: Any) -> Any:
+    """The document without the Python source of torch's input checks; a Program has its own."""
+    if isinstance(value, dict):
+        return {k: [] if k == "guards_code" else _without_guards(v) for k, v in value.items()}
+    return [_without_guards(item) for item in value] if isinstance(value, list) else value
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -159,7 +178,7 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 _FREE_TEXT = frozenset(
     {"stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node", "as_string",
-     "in_spec", "out_spec", "custom"}
+     "in_spec", "out_spec", "custom", "torch_version"}
 )  # fmt: skip
 
 
@@ -185,6 +204,7 @@ def _problem(key: str, value: Any) -> str:
 
 
 def _expression_problem(text: str) -> str:
+    text = _QUOTED_SYMBOL.sub("Symbol(", text)
     if not _EXPRESSION.fullmatch(text) or "__" in text:
         return "an expression that is no arithmetic"
     foreign = set(_FUNCTION.findall(text)) - _FUNCTIONS
