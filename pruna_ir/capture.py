@@ -133,11 +133,15 @@ def _export(
         name: {0: BATCH} | asked[name] if _has_batch(value) else asked[name]
         for name, value in named.items()
     }
-    program = _capture_with(module, _twice(args), _twice(kwargs), named, wanted)
+    try:
+        program = _capture_with(module, _twice(args), _twice(kwargs), named, wanted)
+    except CaptureError:
+        # Either the model takes the given batch alone, or this raises the error that it causes.
+        return _static_batch(_capture_with(module, args, kwargs, named, asked))
     static = [
-        (name, axis)
+        (spec.name, axis)
         for spec in program.inputs
-        for name, axis in ((spec.name, axis) for axis in wanted.get(spec.name, {}))
+        for axis in wanted.get(spec.name, {})
         if isinstance(spec.shape[axis], int)
     ]
     for name, axis in static:
@@ -148,9 +152,13 @@ def _export(
             )
     if not static:
         return program
-    # The model fixes its batch: capture what the user gave, not the doubled example.
-    program = _capture_with(module, args, kwargs, named, asked)
-    return replace(program, attributes={"batch": "static: the model fixes its batch size"})
+    return _static_batch(_capture_with(module, args, kwargs, named, asked))
+
+
+def _static_batch(program: Program) -> Program:
+    """The program with a note that its batch is what the example's was."""
+    note = {"batch": "static: the model fixes its batch size"}
+    return replace(program, attributes={**program.attributes, **note})
 
 
 def _has_batch(value: Any) -> bool:
@@ -221,6 +229,7 @@ _REMEDIES = (
     ("GuardOnDataDependentSymNode", _NO_BRANCHES),
     ("size mismatch", "check the shapes of the example inputs"),
     ("shapes cannot be multiplied", "check the shapes of the example inputs"),
+    ("same reduction dim", "check the shapes of the example inputs"),
     ("Expected", "check the dtypes and shapes of the example inputs"),
 )  # fmt: skip
 
@@ -346,8 +355,8 @@ def _name_symbols(
 
 def _spec(name: str, value: torch.Tensor, symbols: Mapping[str, str]) -> TensorSpec:
     def size(s: int | torch.SymInt) -> int | str:
-        if isinstance(s, int):
-            return s
+        if (fixed := s if isinstance(s, int) else s.node.maybe_as_int()) is not None:
+            return fixed
         return re.sub(r"\w+", lambda m: symbols.get(m.group(), m.group()), str(s))
 
     return TensorSpec(name, value.dtype, tuple(size(s) for s in value.shape))
