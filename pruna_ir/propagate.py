@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensorMode
 
 from pruna_ir.errors import InvalidIRError
@@ -38,7 +39,8 @@ def propagated(program: Program, node: fx.Node, mode: FakeTensorMode) -> Any:
     if not callable(node.target):
         raise InvalidIRError(f"{node.name}: {node.op} of {node.target} is not part of the IR")
     try:
-        with mode, torch.no_grad():
+        # Without the Python dispatcher some C++ kernels (pad) fix dynamic sizes to their hints.
+        with mode, enable_python_dispatcher(), torch.no_grad():
             return node.target(*args, **kwargs)
     except Exception as error:
         where = f"\n  model source: {source_line(node)}" if source_line(node) else ""
