@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import ModuleSpec
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pruna_ir.errors import PluginError, UsageError
@@ -227,8 +228,8 @@ def _missing_module(module: str) -> bool:
         try:
             path = list(spec.submodule_search_locations)
         except KeyError:
-            # A namespace package inside one that is not imported cannot tell its folders.
-            return False
+            # A namespace package asks its parent for its folders, which is not imported.
+            path = [str(Path(folder, parts[depth - 1])) for folder in path or sys.path]
     return False
 
 
