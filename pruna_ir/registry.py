@@ -12,13 +12,13 @@ for, which a value inherited from ours could not tell.
 from __future__ import annotations
 
 import difflib
-import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from importlib.machinery import ModuleSpec
+from importlib.machinery import all_suffixes
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -216,27 +216,16 @@ def _problem(entry: Entry, *, importing: bool) -> str:
 
 
 def _missing_module(module: str) -> bool:
-    """Whether a module does not exist; looked for without importing any of its packages."""
-    path: Sequence[str] | None = None
-    parts = module.split(".")
-    for depth in range(1, len(parts) + 1):
-        spec = _find_spec(".".join(parts[:depth]), path)
-        if spec is None:
-            return True
-        if spec.submodule_search_locations is None:
-            return depth < len(parts)
-        try:
-            path = list(spec.submodule_search_locations)
-        except KeyError:
-            # A namespace package asks its parent for its folders, which is not imported.
-            path = [str(Path(folder, parts[depth - 1])) for folder in path or sys.path]
-    return False
-
-
-def _find_spec(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
-    """What the import system would find; editable installs have finders of their own."""
-    found = (finder.find_spec(name, path) for finder in sys.meta_path)
-    return next((spec for spec in found if spec is not None), None)
+    """Whether a module does not exist; only its top package is asked for, and none imported."""
+    top, *inner = module.split(".")
+    spec = find_spec(top)
+    if spec is None:
+        return True
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    for part in inner[:-1]:
+        folders = [folder / part for folder in folders if (folder / part).is_dir()]
+    leaves = [f"{inner[-1]}{suffix}" for suffix in ("", *all_suffixes())] if inner else []
+    return bool(leaves) and not any((f / leaf).exists() for f in folders for leaf in leaves)
 
 
 def find_pass(name: str) -> type[Pass]:
