@@ -278,6 +278,9 @@ def from_exported(
     kept = _flatten_inputs(module, examples, input_names)
     names = _output_names(module)
     graph = module.graph
+    for node in graph.find_nodes(op="get_attr"):
+        if not node.users:
+            graph.erase_node(node)
     graph.set_codegen(fx.graph.CodeGen())
     flat = fx.GraphModule(module, graph, class_name="Program")
     flat.meta.clear()

@@ -104,7 +104,7 @@ def relative_error(actual: torch.Tensor, reference: torch.Tensor) -> float:
         return math.inf
     if not reference.dtype.is_floating_point:
         return 0.0 if torch.equal(actual, reference) else math.inf
-    a, r = actual.double(), reference.double()
+    a, r = actual.detach().double(), reference.detach().double()
     if bool(torch.isnan(a).any()) or bool(torch.isnan(r).any()):
         return math.inf
     infinite = torch.isinf(r) | torch.isinf(a)
@@ -123,8 +123,8 @@ def sqnr_db(actual: torch.Tensor, reference: torch.Tensor) -> float:
     """
     if actual.shape != reference.shape or bool(torch.isnan(actual).any()):
         return -math.inf
-    r = reference.double()
-    noise = float((actual.double() - r).square().sum())
+    r = reference.detach().double()
+    noise = float((actual.detach().double() - r).square().sum())
     signal = float(r.square().sum())
     if noise == 0.0:
         return math.inf
