@@ -4,8 +4,8 @@
 
 ``round`` goes half to even, as ONNX's QuantizeLinear does. ``scale`` is a float tensor, [] where
 ``axis`` is None or [C] (one per index of ``axis``), stored in float32. ``zero_point`` has the same
-shape and is int32, whatever the grid: lifting a program to float64 then leaves it alone, it exports
-as a plain integer constant, and a backend casts it to the type that the grid needs.
+shape and is int32, whatever the grid: lifting a program to float64 then leaves it alone, it
+exports as a plain integer constant, and a backend casts it to the type that the grid needs.
 
 Run in float64, the operator is the exact quantise-dequantise interpreter that int8 kernels are
 compared with. float16 and bfloat16 inputs are computed in float32, since their own division would

@@ -366,7 +366,7 @@ class _Walk(fx.Interpreter):
         if not (bool(torch.isfinite(least)) and bool(torch.isfinite(most))):
             raise PassError(
                 f"{layer} ({node.name}) computes NaN, infinity or more than float32 holds on "
-                f"calibration batch {self.batch}; repair the data or the model, or exclude the layer"
+                f"calibration batch {self.batch}; repair data or model, or exclude the layer"
             )
         seen.update(value)
 
