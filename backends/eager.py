@@ -1,0 +1,123 @@
+"""Eager: the reference backend; the program itself, saved and run by torch.
+
+The artifact is one file, ``program.pt2`` (see `pruna_ir.serialize`). Fused operators run their own
+kernels, quantised programs run in float arithmetic on quantised values: eager says what a program
+computes, not how fast an integer kernel is.
+
+Limit: artifacts speak numpy, which has no bfloat16; give the program float32 inputs and outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from pruna_ir.lowering import Availability, KernelRow, LoadOptions, Lowered, Offender, Runner
+from pruna_ir.program import Program, dtype_of, module_path
+from pruna_ir.quantization import U8_ASYMMETRIC, QuantScheme
+from pruna_ir.serialize import load_program, save_program
+from pruna_ir.transform import API_VERSION, Context
+
+MAIN = "program.pt2"
+
+
+@dataclass(frozen=True)
+class Eager:
+    """Saves programs and runs them in torch."""
+
+    name: ClassVar[str] = "eager"
+    api_version: ClassVar[int] = API_VERSION
+    scheme: ClassVar[QuantScheme] = QuantScheme(U8_ASYMMETRIC)
+
+    def availability(self) -> Availability:
+        """Always: torch is there."""
+        return Availability()
+
+    def unsupported(self, program: Program) -> list[Offender]:
+        """The inputs and outputs whose dtype numpy lacks."""
+        return [
+            Offender.of(node, "numpy has no bfloat16; convert to float32 inside the model")
+            for node in (*program.placeholders(), *program.results())
+            if dtype_of(node) is torch.bfloat16
+        ]
+
+    def lower(self, program: Program, folder: Path, context: Context) -> Lowered:  # noqa: ARG002
+        """Write ``program.pt2``."""
+        save_program(program, folder / MAIN)
+        return Lowered(MAIN, {"torch": torch.__version__})
+
+    def load(self, folder: Path, options: LoadOptions) -> Runner:
+        """The program, ready to run.
+
+        Raises:
+            CaptureError: the file is no saved program.
+        """
+        return EagerRunner(load_program(folder / MAIN), options.threads)
+
+
+class EagerRunner:
+    """A program behind the runner's interface."""
+
+    def __init__(self, program: Program, threads: int) -> None:
+        self._program = program
+        self._threads = threads
+
+    def run(self, inputs: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        """One array per output for one array per input."""
+        tensors = [torch.from_numpy(np.require(value, requirements="CW")) for value in inputs]
+        with torch.no_grad(), _threads(self._threads):
+            return [output.numpy() for output in self._program(*tensors)]
+
+    def audit(self) -> list[KernelRow]:
+        """Every operator with the dtype that it computes in."""
+        return [
+            KernelRow(
+                layer=module_path(node) or node.name,
+                kind=_KINDS.get(_short(node.target), _short(node.target)),
+                precision=str(dtype_of(node)).removeprefix("torch."),
+                detail=str(node.target),
+            )
+            for node in self._program.calls()
+            if dtype_of(node) is not None
+        ]
+
+
+_KINDS = {
+    "conv1d": "conv",
+    "conv2d": "conv",
+    "conv3d": "conv",
+    "convolution": "conv",
+    "conv_act": "conv",
+    "conv_transpose1d": "conv",
+    "conv_transpose2d": "conv",
+    "conv_transpose3d": "conv",
+    "linear": "linear",
+    "addmm": "linear",
+    "mm": "matmul",
+    "bmm": "matmul",
+    "scaled_dot_product_attention": "attention",
+}
+
+
+def _short(target: Any) -> str:
+    """``conv2d`` for ``aten.conv2d.default``."""
+    parts = str(target).split(".")
+    return parts[1] if len(parts) > 1 else parts[0]
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Torch's number of threads for a while; 0 leaves it."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
