@@ -70,7 +70,7 @@ class EagerRunner:
 
     def run(self, inputs: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
         """One array per output for one array per input."""
-        tensors = [torch.from_numpy(np.require(value, requirements="CW")) for value in inputs]
+        tensors = [torch.from_numpy(np.require(value, requirements=("C", "W"))) for value in inputs]
         with torch.no_grad(), _threads(self._threads):
             return [output.numpy() for output in self._program(*tensors)]
 
