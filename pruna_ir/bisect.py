@@ -9,7 +9,7 @@ node remembers the name of the one whose value it computes); the first that diff
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,7 @@ def first_divergence(
     oracle: Oracle | None = None,
     *,
     tolerance: float = LIFTED_TOLERANCE,
+    exact: Mapping[str, torch.Tensor] | None = None,
 ) -> Divergence | None:
     """The first node of ``after`` whose value differs from the value that it should have.
 
@@ -73,7 +74,7 @@ def first_divergence(
     """
     reference: Trace = getattr(oracle, "trace", None) or run_float64
     for stimulus in _inputs(before, context):
-        found = _diverging(before, after, stimulus, reference, tolerance)
+        found = _diverging(before, after, stimulus, reference, tolerance, exact)
         if found is not None:
             return found
     return None
@@ -87,7 +88,12 @@ def _inputs(program: Program, context: Context) -> list[Stimulus]:
 
 
 def _diverging(
-    before: Program, after: Program, stimulus: Stimulus, reference: Trace, tolerance: float
+    before: Program,
+    after: Program,
+    stimulus: Stimulus,
+    reference: Trace,
+    tolerance: float,
+    exact: Mapping[str, torch.Tensor] | None,
 ) -> Divergence | None:
     expected: dict[str, torch.Tensor] = {}
 
@@ -109,7 +115,7 @@ def _diverging(
                            stimulus.kind)
             )  # fmt: skip
 
-    run_float64(after, stimulus.inputs, compare)
+    run_float64(after, stimulus.inputs, compare, exact)
     return found[0] if found else None
 
 
@@ -123,7 +129,9 @@ class Explain(Watch):
             return ""
         if failure.report.effect is Effect.BOUNDED:
             return ""
-        found = first_divergence(failure.before, failure.after, failure.context, failure.oracle)
+        found = first_divergence(
+            failure.before, failure.after, failure.context, failure.oracle, exact=failure.exact
+        )
         return f"  {found}" if found is not None else ""
 
 
@@ -154,12 +162,15 @@ def bisect(pipeline: Pipeline, program: Program, context: Context | None = None)
         if not step.modified:
             continue
         result = _again(runs, position, before, context)
-        report = check(runs.passes[position - 1], before, result.program, result.oracle, context)
+        report = check(
+            runs.passes[position - 1], before, result.program, result.oracle, context, result.exact
+        )
         if not report.passed or math.isnan(report.measured):
-            exact = report.effect is not Effect.BOUNDED
-            found = (
-                first_divergence(before, result.program, context, result.oracle) if exact else None
-            )
+            found = None
+            if report.effect is not Effect.BOUNDED:
+                found = first_divergence(
+                    before, result.program, context, result.oracle, exact=result.exact
+                )
             return Culprit(position, step.text, report, found)
     return None
 

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -71,8 +71,11 @@ def check(
     after: Program,
     oracle: Oracle | None = None,
     context: Context | None = None,
+    exact: Mapping[str, torch.Tensor] | None = None,
 ) -> CheckReport:
     """Test a pass's promise on the program before and after it.
+
+    ``exact`` is `PassResult.exact`: the unrounded values of the tensors that the pass computed.
 
     With data in the context, its first batch is a stimulus as well, and for BOUNDED passes the
     only one: a quantised program promises nothing outside the range that it was calibrated for.
@@ -85,7 +88,7 @@ def check(
     if pass_.effect is Effect.EXACT:
         return _exact(before, after, inputs)
     if pass_.effect is Effect.ROUNDING:
-        return _rounding(before, after, inputs)
+        return _rounding(before, after, inputs, exact)
     if pass_.effect is Effect.BOUNDED:
         return _bounded(before, after, inputs, pass_.min_sqnr_db)
     if oracle is None:
@@ -134,13 +137,18 @@ def _identical(a: torch.Tensor, b: torch.Tensor) -> bool:
     )
 
 
-def _rounding(before: Program, after: Program, inputs: list[Stimulus]) -> CheckReport:
+def _rounding(
+    before: Program,
+    after: Program,
+    inputs: list[Stimulus],
+    exact: Mapping[str, torch.Tensor] | None,
+) -> CheckReport:
     recorder = GateRecorder(before)
     lifted: list[tuple[float, str]] = []
     ratios: list[tuple[float, str]] = []
     for stimulus in inputs:
         truth = run_float64(before, stimulus.inputs, recorder)
-        new = run_float64(after, stimulus.inputs)
+        new = run_float64(after, stimulus.inputs, exact=exact)
         old32, new32 = run_native(before, stimulus.inputs), run_native(after, stimulus.inputs)
         for position, error in enumerate(differences(new, truth)):
             place = _place(stimulus, before, position)

@@ -34,18 +34,25 @@ class Lifted(fx.Interpreter):
     """Runs a program with every floating-point tensor in float64; the program stays as it is.
 
     Intermediate values are freed as soon as nobody needs them. ``observe``, where given, sees each
-    call's node and result.
+    call's node and result. ``exact`` gives, by name, the float64 values of tensors that a pass
+    computed and rounded.
     """
 
     def __init__(
-        self, program: Program, observe: Callable[[fx.Node, Any], None] | None = None
+        self,
+        program: Program,
+        observe: Callable[[fx.Node, Any], None] | None = None,
+        exact: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         super().__init__(program.module, garbage_collect_values=True)
         self._observe = observe
+        self._exact = exact or {}
         self.extra_traceback = False
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A parameter, in float64 where it is a floating-point one."""
+        if target in self._exact:
+            return self._exact[target]
         return _lift(super().get_attr(target, args, kwargs))
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -79,10 +86,11 @@ def run_float64(
     program: Program,
     inputs: Sequence[torch.Tensor],
     observe: Callable[[fx.Node, Any], None] | None = None,
+    exact: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """The program's outputs on these inputs, computed in float64."""
     with torch.no_grad():
-        result: tuple[torch.Tensor, ...] = Lifted(program, observe).run(*inputs)
+        result: tuple[torch.Tensor, ...] = Lifted(program, observe, exact).run(*inputs)
     return tuple(result)
 
 

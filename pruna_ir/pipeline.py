@@ -8,10 +8,12 @@ exist: ``fixpoint(...)`` repeats its passes until none changes the program, and
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
+
+import torch
 
 from pruna_ir.checks import CheckReport, check
 from pruna_ir.errors import PassError, PrunaError, UsageError, VerificationError
@@ -92,6 +94,7 @@ class Failure:
     after: Program | None = None
     oracle: Oracle | None = None
     report: CheckReport | None = None
+    exact: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Instrument(Protocol):
@@ -256,8 +259,9 @@ class _Run:
                 verify(result.program)
             if self._check:
                 report = check(
-                    pass_, self.program, result.program, result.oracle, self._context
-                )
+                    pass_, self.program, result.program, result.oracle, self._context,
+                    result.exact,
+                )  # fmt: skip
         except PrunaError as error:
             found = Failure(
                 pass_, scopes, self._context, self.program, error, result.program, result.oracle
@@ -267,7 +271,7 @@ class _Run:
             wrong = VerificationError(f"{pass_.name}: its promise does not hold: {report}")
             raise self._explained(
                 Failure(pass_, scopes, self._context, self.program, wrong, result.program,
-                        result.oracle, report)
+                        result.oracle, report, result.exact)
             )  # fmt: skip
         return report
 

@@ -131,6 +131,7 @@ class Rewrite:
         self.context = context
         self.remarks: list[Remark] = []
         self.oracle: Oracle | None = None
+        self.exact: dict[str, torch.Tensor] = {}
         self._pass_name = pass_name
         self._scope = scope
         self._mode = fake_mode(self.program)
@@ -269,12 +270,25 @@ class Rewrite:
 
     # -- tensors ---------------------------------------------------------------------------
 
-    def constant(self, tensor: torch.Tensor, name: str, *, before: fx.Node) -> fx.Node:
+    def constant(
+        self,
+        tensor: torch.Tensor,
+        name: str,
+        *,
+        before: fx.Node,
+        rounded_to: torch.dtype | None = None,
+    ) -> fx.Node:
         """A new named tensor (a Parameter stays one) and the node that reads it.
 
-        The name is made unique by a number where it is taken.
+        The name is made unique by a number where it is taken. A float64 tensor computed by the
+        pass is stored ``rounded_to`` a dtype; see `derive`.
         """
         unique = self._unique(name)
+        if rounded_to is not None and tensor.dtype != rounded_to:
+            self.exact[unique] = tensor.detach()
+            rounded = tensor.detach().to(rounded_to)
+            trainable = isinstance(tensor, torch.nn.Parameter)
+            tensor = torch.nn.Parameter(rounded) if trainable else rounded
         _set_tensor(self.program.module, unique, tensor)
         with self.graph.inserting_before(before):
             node = self.graph.get_attr(unique)
@@ -296,19 +310,30 @@ class Rewrite:
 
         Keeps the parameter's name where ``reader`` is its only reader; otherwise the other
         readers keep the old tensor and the copy gets a name of its own.
+
+        A float64 tensor is rounded to the parameter's dtype; the unrounded value serves the check
+        of ROUNDING passes, which would otherwise see the rounding of stored tensors as an error
+        of the rewrite.
         """
         name = str(source.target)
+        dtype = self.program.tensor(name).dtype
+        rounds = dtype.is_floating_point and tensor.dtype == torch.float64 != dtype
         readers = [
             node
             for get in self.graph.find_nodes(op="get_attr", target=name)
             for node in get.users
         ]
         if readers == [reader]:
-            self.set_tensor(name, tensor)
+            self.exact.pop(name, None)
+            if rounds:
+                self.exact[name] = tensor.detach()
+            self.set_tensor(name, tensor.detach().to(dtype) if rounds else tensor)
             return source
         if isinstance(self.program.tensor(name), torch.nn.Parameter):
             tensor = torch.nn.Parameter(tensor.detach())
-        return self.constant(tensor, name, before=reader)
+        return self.constant(
+            tensor, name, before=reader, rounded_to=dtype if rounds else None
+        )
 
     def _unique(self, name: str) -> str:
         candidate, number = name, 0
@@ -393,7 +418,8 @@ def remove_dead_nodes(graph: fx.Graph) -> int:
 class PassResult:
     """What one run of one pass did.
 
-    ``modified`` compares structural hashes: it never relies on the pass's word.
+    ``modified`` compares structural hashes: it never relies on the pass's word. ``exact`` holds
+    the float64 values, by name, of the tensors that the pass computed and rounded.
     """
 
     program: Program
@@ -401,6 +427,7 @@ class PassResult:
     modified: bool
     seconds: float
     oracle: Oracle | None = field(default=None, repr=False)
+    exact: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
 
 def apply(
@@ -423,5 +450,5 @@ def apply(
         after = after.with_history(Applied(print_pass(pass_), before_hash, after_hash))
     seconds = time.perf_counter() - start
     return PassResult(
-        after if modified else program, tuple(rw.remarks), modified, seconds, rw.oracle
+        after if modified else program, tuple(rw.remarks), modified, seconds, rw.oracle, rw.exact
     )
