@@ -1,0 +1,132 @@
+"""The tvm backend: a shared library that runs without torch (Apache TVM, Relax).
+
+Files of an artifact: ``model.so``, ``parameters.npz``, ``model.json`` (see
+`pruna_ir.backends.tvm_runtime`, which loads them with numpy and TVM alone) and ``kernels.json``
+(what the compiler put into the library).
+
+Dynamic dimensions stay dynamic. Quantised programs store int8 weights; TVM's operators compute
+in float32 between quantize and dequantize, and the audit says so.
+
+Limits: linking needs a C or C++ compiler; code is compiled for one processor, this machine's
+unless ``cpu`` names another as LLVM does (``x86-64-v3``, ``znver4``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from pruna_ir.backends import tvm_build, tvm_import, tvm_runtime
+from pruna_ir.errors import LoweringError, ToolchainError
+from pruna_ir.lowering import Availability, KernelRow, LoadOptions, Lowered, Offender
+from pruna_ir.program import Program
+from pruna_ir.transform import API_VERSION, Context
+
+_COMPILERS = ("g++", "gcc", "clang++", "clang", "c++", "cc")
+
+
+class _Runner:
+    """A loaded artifact with the compiler's list of its kernels."""
+
+    def __init__(self, runner: tvm_runtime.TvmRunner, kernels: list[KernelRow]) -> None:
+        self._runner = runner
+        self._kernels = kernels
+
+    def run(self, inputs: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        """One array per output for one array per input.
+
+        Raises:
+            UsageError: an input has another dtype or shape than the artifact was built for.
+        """
+        return self._runner.run(inputs)
+
+    def audit(self) -> list[KernelRow]:
+        """The compiled functions that a run calls, in order, with their precision."""
+        return self._kernels
+
+
+@dataclass(frozen=True)
+class ToTvm:
+    """Lower to a shared library with TVM.
+
+    Attributes:
+        cpu: the processor to compile for, as LLVM names it; empty for this machine's.
+    """
+
+    cpu: str = ""
+
+    name: ClassVar[str] = "tvm"
+    api_version: ClassVar[int] = API_VERSION
+
+    def availability(self) -> Availability:
+        """Whether TVM is installed and, for building, a compiler that can link."""
+        if find_spec("tvm") is None:
+            missing = "TVM is not installed; pip install 'pruna-ir[tvm]'"
+            return Availability(build=missing, execute=missing)
+        return Availability(build=_linker_missing())
+
+    def unsupported(self, program: Program) -> list[Offender]:
+        """Every node that TVM's importer cannot translate, after decomposition to core ATen."""
+        return tvm_import.untranslatable(tvm_import.core_form(program))
+
+    def lower(self, program: Program, folder: Path, context: Context) -> Lowered:
+        """Compile the program and write the artifact's files.
+
+        Raises:
+            ToolchainError: there is no compiler to link with.
+            UnsupportedError: TVM has no translation of some nodes.
+            LoweringError: TVM cannot import or compile the program.
+        """
+        if missing := _linker_missing():
+            raise ToolchainError(missing)
+        context.progress("tvm: import", 0, 2)
+        imported = tvm_import.import_program(program)
+        context.progress("tvm: compile", 1, 2)
+        main, *_ = tvm_build.build(imported, program, folder, self.cpu)
+        context.progress("tvm: compile", 2, 2)
+        return Lowered(
+            main=main,
+            tool_versions={"apache-tvm": version("apache-tvm"), "torch": version("torch")},
+            facts={
+                "schedules": tvm_build.SCHEDULES,
+                "target": str(tvm_build.host_target(self.cpu)),
+                "stored-parameter-bytes": sum(p.nbytes for p in imported.parameters.values()),
+            },
+        )
+
+    def load(self, folder: Path, options: LoadOptions) -> _Runner:
+        """Load an artifact to run it.
+
+        Raises:
+            ToolchainError: TVM is missing, or the processor lacks instructions that the code uses.
+            LoweringError: a file is missing, damaged or refused.
+        """
+        runner = tvm_runtime.load_tvm(folder, options.threads)
+        listed = folder / tvm_build.KERNELS
+        try:
+            rows = json.loads(listed.read_text(encoding="utf-8"))
+            kernels = [KernelRow(**row) for row in rows]
+        except (OSError, ValueError, TypeError) as error:
+            raise LoweringError(f"{listed}: cannot be read: {error}") from error
+        return _Runner(runner, kernels)
+
+
+def _linker_missing() -> str:
+    """Why no library can be linked here; empty where one can."""
+    named = os.environ.get("CXX") or os.environ.get("CC")
+    if any(shutil.which(name) for name in ([named] if named else _COMPILERS)):
+        return ""
+    looked = f"the compiler that CXX or CC names ({named})" if named else "any of g++, clang++, cc"
+    return (
+        f"linking a TVM library needs a C++ compiler, and {looked} is not on PATH; install one "
+        "(apt-get install g++) or point CXX to it"
+    )

@@ -1,0 +1,193 @@
+"""Build: from an imported Relax module to a shared library, and what it executes.
+
+    legalize -> lift weight preparation -> fuse -> lower to TVM's virtual machine -> link
+
+Everything computed from weights alone (dequantising int8 weights, transposing them) moves into
+``main_transform_params``, which the loader calls once: the artifact stores int8, each run reads
+what its loops want.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pruna_ir.backends.tvm_import import Imported
+from pruna_ir.backends.tvm_runtime import (
+    ENTRY,
+    LIBRARY,
+    MODEL,
+    PARAMETERS,
+    TRANSFORM,
+    file_digest,
+    processor_features,
+)
+from pruna_ir.errors import LoweringError
+from pruna_ir.program import Program, TensorSpec
+
+KERNELS = "kernels.json"
+SCHEDULES = "tvm-default"
+"""Where the loops come from: TVM's own lowering, without schedules of ours."""
+
+_KINDS = (("conv", "conv"), ("matmul", "matmul"), ("dense", "linear"), ("einsum", "matmul"))
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """One call of the compiled program, as the compiler itself lists it.
+
+    Attributes:
+        layer: the name of the compiled function.
+        kind: ``conv``, ``matmul``, ``linear``, or the function's first operator.
+        precision: the type in which the function multiplies or, elsewhere, its result's type.
+    """
+
+    layer: str
+    kind: str
+    precision: str
+
+
+def host_target(cpu: str = "") -> Any:
+    """The LLVM target for a processor, this machine's by default."""
+    import tvm
+
+    return tvm.target.Target(
+        {"kind": "llvm", "mcpu": cpu or tvm.target.codegen.llvm_get_system_cpu()}
+    )
+
+
+def build(imported: Imported, program: Program, folder: Path, cpu: str = "") -> list[str]:
+    """Compile, and write the artifact's files; returns their names, the description's first.
+
+    Raises:
+        LoweringError: TVM cannot compile the module or link the library.
+    """
+    import tvm
+
+    target = host_target(cpu)
+    try:
+        with target:
+            module = _optimization()(imported.module)
+        executable = tvm.compile(module, target=target, relax_pipeline=_lowering())
+        executable.export_library(str(folder / LIBRARY))
+    except Exception as error:
+        first = "\n  ".join(str(error).strip().splitlines()[:6])
+        raise LoweringError(
+            f"TVM cannot compile the program: {type(error).__name__}: {first}"
+        ) from error
+    np.savez(folder / PARAMETERS, allow_pickle=False, **imported.parameters)
+    rows = [asdict(kernel) for kernel in _kernels(module)]
+    (folder / KERNELS).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    _describe(imported, program, folder, target, cpu)
+    return [MODEL, LIBRARY, PARAMETERS, KERNELS]
+
+
+def _optimization() -> Any:
+    """Operators to loops, weight preparation apart, neighbours fused."""
+    import tvm
+    from tvm import relax
+
+    t = relax.transform
+    entries = [ENTRY, TRANSFORM]
+    return tvm.transform.Sequential(
+        [
+            relax.backend.DispatchSampling(),
+            relax.backend.DispatchSortScan(),
+            t.DecomposeOpsForInference(),
+            t.LegalizeOps(),
+            t.LiftTransformParams(),
+            t.DeadCodeElimination(entries),
+            t.AnnotateTIROpPattern(),
+            t.FoldConstant(),
+            t.FuseOps(),
+            t.FuseTIR(),
+            t.DeadCodeElimination(entries),
+        ]
+    )
+
+
+def _lowering() -> Any:
+    """Relax calls to virtual machine code."""
+    import tvm
+    from tvm import relax
+
+    t = relax.transform
+    return tvm.transform.Sequential(
+        [
+            t.RewriteDataflowReshape(),
+            t.ToNonDataflow(),
+            t.RemovePurityChecking(),
+            t.CallTIRRewrite(),
+            t.StaticPlanBlockMemory(),
+            t.LowerAllocTensor(),
+            t.KillAfterLastUse(),
+            t.LowerRuntimeBuiltin(),
+            t.ComputePrimValue(),
+            t.VMShapeLower(),
+            t.AttachGlobalSymbol(),
+        ]
+    )
+
+
+def _kernels(module: Any) -> Iterator[CompiledKernel]:
+    """The calls of ``main``, in order."""
+    from tvm import relax
+
+    main = module[ENTRY]
+    weights = set(main.params[int(main.attrs["num_input"]) :])
+    for block in main.body.blocks:
+        for binding in block.bindings:
+            value = binding.value
+            called = getattr(value, "op", None)
+            if getattr(called, "name", "") != "relax.call_tir":
+                continue
+            name = value.args[0].name_hint
+            types = [a.ty.dtype for a in value.args[1] if isinstance(a.ty, relax.TensorType)]
+            kind = next((kind for word, kind in _KINDS if word in name), "")
+            if kind == "matmul" and any(a in weights and a.ty.ndim > 1 for a in value.args[1]):
+                kind = "linear"
+            yield CompiledKernel(
+                name, kind or _first_operator(name), _precision(kind, types, value.ty)
+            )
+
+
+def _first_operator(name: str) -> str:
+    return name.removeprefix("fused_").rstrip("0123456789")
+
+
+def _precision(kind: str, operands: list[Any], result: Any) -> str:
+    """The widest float among the operands of a multiplication; else the type of the result."""
+    names = [str(getattr(d, "dtype", d)) for d in operands]
+    if kind:
+        return next((n for n in ("float32", "float16", "bfloat16") if n in names), "int8")
+    return str(getattr(getattr(result, "dtype", result), "dtype", getattr(result, "dtype", "")))
+
+
+def _describe(
+    imported: Imported, program: Program, folder: Path, target: Any, cpu: str
+) -> None:
+    def specs(values: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": v.name,
+                "dtype": str(v.dtype).removeprefix("torch."),
+                "shape": list(v.shape),
+            }
+            for v in values
+        ]
+
+    description = {
+        "inputs": specs(program.inputs),
+        "outputs": specs(program.outputs),
+        "dimensions": {name: [r.lower, r.upper] for name, r in program.dims.items()},
+        "parameters": list(imported.parameters),
+        "target": str(target),
+        "processor": [] if cpu else processor_features(),
+        "sha256": {name: file_digest(folder / name) for name in (LIBRARY, PARAMETERS)},
+    }
+    (folder / MODEL).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
