@@ -56,6 +56,7 @@ class DropRelu(Pass):
 
     name: ClassVar[str] = "drop-relu"
     effect: ClassVar[Effect] = Effect.ROUNDING
+    api_version: ClassVar[int] = 1
 
     def rewrite(self, rw: Rewrite) -> None:
         for node in rw.calls(aten.relu.default):
@@ -68,6 +69,7 @@ class Identity(Pass):
 
     name: ClassVar[str] = "identity"
     effect: ClassVar[Effect] = Effect.EXACT
+    api_version: ClassVar[int] = 1
 
     def rewrite(self, rw: Rewrite) -> None:
         assert rw.graph is not None
@@ -79,6 +81,7 @@ class ScaleHead(Pass):
 
     name: ClassVar[str] = "scale-head"
     effect: ClassVar[Effect] = Effect.ROUNDING
+    api_version: ClassVar[int] = 1
     factor: float = 1.0 + 1e-6
 
     def rewrite(self, rw: Rewrite) -> None:
@@ -86,3 +89,21 @@ class ScaleHead(Pass):
             weight = rw.call(node).producer("weight")
             changed = rw.program.tensor(str(weight.target)).detach() * self.factor
             rw.update(node, weight=rw.derive(weight, changed, node))
+
+
+@dataclass(frozen=True)
+class Typed(Pass):
+    """Has an option of every type."""
+
+    name: ClassVar[str] = "typed"
+    effect: ClassVar[Effect] = Effect.EXACT
+    api_version: ClassVar[int] = 1
+    count: int = 1
+    ratio: float = 0.5
+    flag: bool = False
+    word: str = "a"
+    globs: tuple[str, ...] = ()
+    limit: int | None = None
+
+    def rewrite(self, rw: Rewrite) -> None:
+        assert rw is not None
