@@ -268,7 +268,7 @@ class _Quantizer:
         return _Quantizer(
             node.input[0],
             node.output[0],
-            np.ascontiguousarray(scale.astype(np.float32).reshape(shape)),
+            np.array(scale, dtype=np.float32, order="C").reshape(shape),
             points,
             axis,
             qmin,
