@@ -17,6 +17,7 @@ from pruna_ir.transform import Context, apply
 from tests.networks import DropRelu, Identity, ScaleHead, conv_net
 from tests.planted import registered
 
+HALF_MORE = ScaleHead(factor=1.5)
 PLANTED = {
     "drop-relu": "tests.networks:DropRelu",
     "identity": "tests.networks:Identity",
@@ -48,9 +49,9 @@ def test_a_pipeline_that_keeps_its_promises_has_no_culprit():
     assert bisect(Pipeline((Identity(),)), conv_net()) is None
 
 
-def fail(tmp_path, context=None, items=(ScaleHead(factor=1.5),)):
+def fail(tmp_path, context=None, item=HALF_MORE):
     with pytest.raises(VerificationError) as caught:
-        Pipeline(items).run(
+        Pipeline((item,)).run(
             conv_net(), context, instruments=[WriteReproducer(tmp_path / "reproducer")]
         )
     return str(caught.value), tmp_path / "reproducer"
@@ -69,8 +70,8 @@ def test_a_failure_leaves_a_folder_that_replay_repeats(tmp_path):
 
 def test_scopes_and_data_are_part_of_the_reproducer(tmp_path):
     data = TensorData((torch.randn(5, 3, 9, 9),), torch.arange(5), batch_size=2)
-    scoped = Scope("submodule", "head", (ScaleHead(factor=1.5),))
-    _, folder = fail(tmp_path, Context(data=data, seed=3, target="onnx"), (scoped,))
+    scoped = Scope("submodule", "head", (HALF_MORE,))
+    _, folder = fail(tmp_path, Context(data=data, seed=3, target="onnx"), scoped)
     record = json.loads((folder / "reproducer.json").read_text())
     assert record["pipeline"] == "submodule<head>(scale-head{factor=1.5})"
     assert (record["seed"], record["target"], record["batch_size"]) == (3, "onnx", 2)

@@ -184,4 +184,4 @@ def test_gates_that_no_stimulus_reached_are_reported():
 
     report = run(ScaleHead(factor=1.0), capture(seeded(Dead), (torch.randn(2, 3),)))
     assert report.passed
-    assert list(report.gates.one_sided.values())[0].startswith("never high")
+    assert next(iter(report.gates.one_sided.values())).startswith("never high")

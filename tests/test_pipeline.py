@@ -41,7 +41,8 @@ def typed(tmp_path):
 def test_text_becomes_typed_options_and_text_again(typed):
     text = 'typed{count=3,ratio=1.0,flag=true,word=b,globs=["layer*",head],limit=7}'
     pipeline = Pipeline.parse(text)
-    assert pipeline.items == (Typed(3, 1.0, True, "b", ("layer*", "head"), 7),)
+    made = Typed(3, 1.0, flag=True, word="b", globs=("layer*", "head"), limit=7)
+    assert pipeline.items == (made,)
     assert Pipeline.parse(str(pipeline)) == pipeline
     assert print_pass(Typed()) == "typed"
 
