@@ -1,0 +1,235 @@
+"""Links: what rules say about ids, collected in bulk, and the units that follow.
+
+Rules *connect* ids (they must go together), *freeze* ids (they must stay, for a reason) and put
+*products* on joint blocks. A joint block spans several dimensions of a tensor, and what survives
+of a tensor is a rectangle: along a product, removal may depend on the index of one axis only.
+Which one is decided when everything else is known:
+
+1. connected components of all connections (scipy.sparse.csgraph);
+2. a product whose components vary along one axis at most is settled: that axis it is, and ids of
+   its readers on the other axes freeze;
+3. where nothing else can be settled, an open product takes the innermost axis along which it
+   varies (and that a reader has), which connects its ids with equal index there (channel shuffle: the channel of every
+   group goes together), and the components are computed again.
+
+Every step is a few numpy operations a block; the number of rounds is small and bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from pruna_ir.coupling.value import Ids, Mask
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why channels must stay: what reads them, where it is, and what it needs."""
+
+    node: str
+    operator: str
+    source: str
+    """The user's source line; empty where unknown."""
+    text: str
+
+    def __str__(self) -> str:
+        where = f" ({self.source})" if self.source else ""
+        return f"{self.text} [{self.node} = {self.operator}{where}]"
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A joint block of which at most one axis may decide what is removed.
+
+    Attributes:
+        ids: one axis a dimension (or factor).
+        readers: other ids over some of these axes, which must agree with the block.
+        reason: why a reader's ids freeze when another axis decides.
+    """
+
+    ids: Ids
+    readers: tuple[tuple[tuple[int, ...], Ids], ...]
+    reason: Reason | None
+
+
+@dataclass
+class Links:
+    """The collected statements of all rules about one program's ids."""
+
+    count: int = 0
+    reasons: list[Reason] = field(default_factory=list)
+    _edges: list[tuple[Ids, Ids]] = field(default_factory=list)
+    _frozen: list[tuple[Ids, int]] = field(default_factory=list)
+    _products: list[Product] = field(default_factory=list)
+    _rows: list[Ids] = field(default_factory=list)
+    _soft: list[tuple[int, int]] = field(default_factory=list)
+
+    def fresh(self, *shape: int) -> Ids:
+        """New ids, one an element."""
+        size = int(np.prod(shape, dtype=np.int64))
+        ids = np.arange(self.count, self.count + size, dtype=np.int64).reshape(shape)
+        self.count += size
+        return ids
+
+    def fresh_soft(self, size: int) -> Ids:
+        """New ids for a dimension whose elements are all alike (expand, zeros)."""
+        ids = self.fresh(size)
+        self._soft.append((int(ids[0]), int(ids[0]) + size))
+        return ids
+
+    def is_soft(self, ids: Ids) -> bool:
+        """Whether a block's ids come from `fresh_soft`."""
+        first, last = int(ids.flat[0]), int(ids.flat[-1])
+        return any(low <= first < high and low <= last < high for low, high in self._soft)
+
+    def connect(self, a: Ids, b: Ids) -> None:
+        """Ids at equal (broadcast) places go together."""
+        left, right = np.broadcast_arrays(a, b)
+        self._edges.append((left.ravel(), right.ravel()))
+
+    def connect_all(self, arrays: Iterable[Ids]) -> None:
+        """All ids of all arrays are one unit."""
+        flat = np.concatenate([array.ravel() for array in arrays])
+        if flat.size:
+            self.connect(flat[:1], flat)
+
+    def tie(self, ids: Ids, axes: Sequence[int]) -> None:
+        """Ids that differ only in their index along these axes go together."""
+        first = tuple(slice(0, 1) if k in axes else slice(None) for k in range(ids.ndim))
+        self.connect(ids[first], ids)
+
+    def freeze(self, ids: Ids, reason: Reason | None) -> None:
+        """Ids stay; a reason of None stands for extents that nobody would call channels."""
+        if reason is None:
+            self._frozen.append((ids.ravel(), -1))
+            return
+        if not self.reasons or self.reasons[-1] != reason:
+            self.reasons.append(reason)
+        self._frozen.append((ids.ravel(), len(self.reasons) - 1))
+
+    def product(
+        self,
+        ids: Ids,
+        readers: Sequence[tuple[tuple[int, ...], Ids]] = (),
+        reason: Reason | None = None,
+    ) -> None:
+        """At most one axis of ``ids`` may decide what is removed."""
+        self._products.append(Product(ids, tuple(readers), reason))
+
+    def rows(self, ids: Ids) -> None:
+        """Ids of the outputs of a layer: the filters that produce channels."""
+        self._rows.append(ids.ravel())
+
+    def solve(self) -> Units:
+        """The units that follow from everything collected."""
+        labels, frozen = self._components()
+        waiting = self._products
+        while waiting:
+            waiting, changed = self._settle(waiting, labels, frozen)
+            if not changed and waiting:
+                # Those that others read go first: their choice may settle the rest.
+                for product in [p for p in waiting if p.readers] or waiting:
+                    self._choose(product, _states(product.ids, labels, frozen))
+                changed = True
+            if changed:
+                labels, frozen = self._components()
+        return self._units(labels, frozen)
+
+    def _components(self) -> tuple[Ids, Mask]:
+        if self._edges:
+            left = np.concatenate([a for a, _ in self._edges])
+            right = np.concatenate([b for _, b in self._edges])
+            # One merged edge list is kept, so that later rounds need not join it again.
+            self._edges = [(left, right)]
+        else:
+            left = right = np.zeros(0, np.int64)
+        graph = coo_array(
+            (np.ones(left.size, np.int8), (left, right)), shape=(self.count, self.count)
+        )
+        number, labels = connected_components(graph, directed=False)
+        frozen = np.zeros(number, np.bool_)
+        for ids, _ in self._frozen:
+            frozen[labels[ids]] = True
+        return labels.astype(np.int64), frozen
+
+    def _settle(
+        self, products: list[Product], labels: Ids, frozen: Mask
+    ) -> tuple[list[Product], bool]:
+        """Close the products that have one deciding axis; returns the open ones."""
+        still_open, changed = [], False
+        for product in products:
+            states = _states(product.ids, labels, frozen)
+            axes = _varying(states)
+            if len(axes) > 1:
+                still_open.append(product)
+            elif product.readers:
+                self._bind(product, axes[0] if axes else None)
+                changed = True
+        return still_open, changed
+
+    def _bind(self, product: Product, axis: int | None) -> None:
+        for axes, ids in product.readers:
+            if axis is None:
+                self.connect_all([product.ids, ids])
+            elif axis in axes:
+                others = tuple(k for k in range(ids.ndim) if axes[k] != axis)
+                self.tie(ids, others)
+                self.connect(_line(ids, axes.index(axis)), _line(product.ids, axis))
+            else:
+                self.freeze(ids, product.reason)
+
+    def _choose(self, product: Product, states: Ids) -> None:
+        """Let the innermost varying axis of an open product decide; one that is read, if any."""
+        varying = _varying(states)
+        read = {axis for axes, _ in product.readers for axis in axes}
+        axis = ([k for k in varying if k in read] or varying)[-1]
+        self.tie(product.ids, [k for k in range(product.ids.ndim) if k != axis])
+
+    def _units(self, labels: Ids, frozen: Mask) -> Units:
+        reason = np.full(len(frozen), -1, np.int64)
+        for ids, index in reversed(self._frozen):
+            if index >= 0:
+                reason[labels[ids]] = index
+        produced = np.zeros(self.count, np.bool_)
+        for ids in self._rows:
+            produced[ids] = True
+        return Units(labels, frozen, reason, tuple(self.reasons), produced)
+
+
+def _line(ids: Ids, axis: int) -> Ids:
+    """The ids along one axis at index 0 of the others."""
+    return ids[tuple(slice(None) if k == axis else 0 for k in range(ids.ndim))]
+
+
+def _states(ids: Ids, labels: Ids, frozen: Mask) -> Ids:
+    """The unit of each id; -1 for all that stay, which need not be told apart."""
+    units = labels[ids]
+    return np.where(frozen[units], -1, units)
+
+
+def _varying(states: Ids) -> list[int]:
+    return [k for k in range(states.ndim) if (states != states.take([0], axis=k)).any()]
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """The result: which ids go together, which stay, and why.
+
+    Attributes:
+        unit: the unit of every id.
+        frozen: per unit, whether it must stay.
+        reason: per unit, an index into ``reasons``; -1 where it may go or needs no reason.
+        reasons: all reasons, in program order.
+        produced: per id, whether it numbers an output of a layer's weight.
+    """
+
+    unit: Ids
+    frozen: Mask
+    reason: Ids
+    reasons: tuple[Reason, ...]
+    produced: Mask

@@ -1,0 +1,354 @@
+"""Rules of layers: convolutions, matrix products, attention, embeddings and norms."""
+
+from __future__ import annotations
+
+import math
+
+from torch import fx
+
+from pruna_ir.coupling.algebra import Algebra
+from pruna_ir.coupling.rule import Edit, Result, Rule, Site
+from pruna_ir.coupling.value import Block, Factor, Value
+
+# -- bias and rows -------------------------------------------------------------------------
+
+
+def _rows(site: Site, weight: Value, dim: int) -> None:
+    """Mark the ids of a weight's output dimension as channels that it produces."""
+    for block in weight.blocks:
+        if block.touches(weight.dims[dim]):
+            site.links.rows(block.ids)
+
+
+def _with_bias(site: Site, name: str, result: Value, dim: int) -> Value:
+    """The result after a vector was added along one of its dimensions."""
+    bias = site.maybe(name)
+    if bias is None or not bias.dims:
+        return result
+    result, _ = site.algebra.meet_dims(result, [dim], bias.renamed(), [0])
+    return result
+
+
+# -- convolutions --------------------------------------------------------------------------
+
+
+def _conv(site: Site) -> Result:
+    x, weight = site.value("input"), site.value("weight")
+    spatial = len(weight.dims) - 2
+    x = site.because("slides over them").whole_dims(x, range(len(x.dims) - spatial, len(x.dims)))
+    weight = _silent(site).whole_dims(weight, range(2, 2 + spatial))
+    transposed = bool(site.arg("transposed")) or "output_padding" in site.arguments and (
+        site.arg("transposed") is None
+    )
+    groups = int(site.arg("groups"))
+    lead = len(x.dims) - spatial - 1
+    if groups == 1:
+        sums = (lead, 0 if transposed else 1)
+        _rows(site, weight, 1 if transposed else 0)
+        flat_x = x.with_dims(x.dims[: lead + 1])
+        flat_w = weight.with_dims(weight.dims[:2])
+        product = site.algebra.contract(flat_x, flat_w, [sums])
+        channels, blocks = product.dims[-1], product.blocks
+    else:
+        _rows(site, weight, 0)
+        _rows(site, weight, 1 if transposed else 0)
+        channels, blocks = _grouped(site, x, weight, lead, groups, transposed=transposed)
+    result = site.untracked()
+    assert isinstance(result, Value)
+    value = Value((*x.dims[:lead], channels, *result.dims[lead + 1 :]), blocks)
+    return _with_bias(site, "bias", value, lead)
+
+
+def _silent(site: Site) -> Algebra:
+    return Algebra(site.links, None)
+
+
+def _grouped(
+    site: Site, x: Value, weight: Value, lead: int, groups: int, *, transposed: bool
+) -> tuple[tuple[Factor, ...], tuple[Block, ...]]:
+    """A grouped convolution: [groups, in / groups] meets [groups, out / groups].
+
+    Depthwise (one input channel a group): a group is a channel, and ``groups`` shrinks.
+    Otherwise each group loses the same local channels, and ``groups`` stays.
+    """
+    weight = weight.renamed()
+    inputs = x.sizes()[lead] // groups
+    rows = weight.sizes()[0]
+    x = _split_dim(site, x, lead, groups, inputs)
+    weight = _split_dim(site, weight, 0, groups, rows // groups)
+    if inputs == 1:
+        several = site.because("is one of several outputs of a group")
+        weight = several.whole_dims(weight, [1, 2])
+        x, weight = site.algebra.meet_dims(x, [lead], weight, [0])
+        both = site.algebra.meet(x, weight, set(x.dims[lead]))
+        return (*weight.dims[0], *weight.dims[2 if transposed else 1]), both
+    equal = site.because("belongs to a group that must keep its size")
+    x, weight = equal.whole_dims(x, [lead]), equal.whole_dims(weight, [0])
+    x, weight = site.algebra.meet_dims(x, [lead + 1], weight, [1 if transposed else 2])
+    out_dim = 2 if transposed else 1
+    channels = weight.dims[out_dim]
+    group_factor = (Factor(groups),)
+    x_rest = tuple(b for b in x.blocks if not b.touches(x.dims[lead + 1]))
+    w_rest = tuple(b for b in weight.blocks if b.touches(channels))
+    return (*group_factor, *channels), x_rest + w_rest
+
+
+def _split_dim(site: Site, value: Value, dim: int, outer: int, inner: int) -> Value:
+    """The value with one dimension seen as two."""
+    sizes = value.sizes()
+    part = Value((value.dims[dim],), value.blocks)
+    part = site.algebra.regroup(part, (outer, inner)) if sizes[dim] != 1 else Value(((), ()), ())
+    # Regrouping may have split or fused factors that other dimensions do not share.
+    return Value((*value.dims[:dim], *part.dims, *value.dims[dim + 1 :]), part.blocks)
+
+
+def _resize_conv(edit: Edit) -> None:
+    groups = int(edit.arg("groups"))
+    if groups == 1:
+        return
+    x = edit.value("input")
+    weight = edit.value("weight")
+    lead = len(x.dims) - len(weight.dims) + 1
+    before, after = edit.counts(x, lead)
+    if before == groups:
+        edit.update(groups=after)
+
+
+# -- matrix products -----------------------------------------------------------------------
+
+
+def _linear(site: Site) -> Result:
+    x, weight = site.value("input"), site.value("weight")
+    _rows(site, weight, 0)
+    last = len(x.dims) - 1
+    result = site.algebra.contract(x, weight, [(last, len(weight.dims) - 1)])
+    return _with_bias(site, "bias", result, last)
+
+
+def _matmul(site: Site) -> Result:
+    a = site.operands()[0] if site.maybe("self") is None else site.value("self")
+    return _product(site, a, site.value("mat2" if "mat2" in site.arguments else "other"))
+
+
+def _product(site: Site, a: Value, b: Value) -> Value:
+    """``a @ b`` with broadcasting: [..., m, k] @ [..., k, n]."""
+    vector_a, vector_b = len(a.dims) == 1, len(b.dims) == 1
+    a = a.with_dims(((), *a.dims)) if vector_a else a
+    b = b.with_dims((*b.dims, ())) if vector_b else b
+    _rows_of_product(site, a, b)
+    b = b.renamed()
+    rank = max(len(a.dims), len(b.dims))
+    a = a.with_dims(((),) * (rank - len(a.dims)) + a.dims)
+    b = b.with_dims(((),) * (rank - len(b.dims)) + b.dims)
+    batch = range(rank - 2)
+    a, b = site.algebra.align(a, [*batch, rank - 1], b, [*batch, rank - 2])
+    if rank > 2:
+        a, b = _heads(site, a, rank - 1), _heads(site, b, rank - 2)
+    pairs = [(a.dims[k], b.dims[k]) for k in batch] + [(a.dims[-1], b.dims[-2])]
+    shared = {f for x, y in pairs if x == y for f in x}
+    blocks = site.algebra.meet(a, b, shared)
+    dims = (*((x or y) for x, y in pairs[:-1]), a.dims[-2], b.dims[-1], a.dims[-1])
+    result = site.algebra.contracted(Value(dims, blocks), [rank], heads=True)
+    gone = {rank - 2} if vector_a else set()
+    gone |= {rank - 1} if vector_b else set()
+    return result.with_dims(d for k, d in enumerate(result.dims) if k not in gone)
+
+
+def _rows_of_product(site: Site, a: Value, b: Value) -> None:
+    """A parameter that is multiplied produces channels on its other dimension."""
+    for value, dim, node in ((a, -2, "self"), (b, -1, "other"), (b, -1, "mat2")):
+        source = site.arg(node)
+        if isinstance(source, fx.Node) and _constant(source):
+            _rows(site, value, dim)
+
+
+def _constant(node: fx.Node) -> bool:
+    """A parameter, or a view of parameters."""
+    return node.op == "get_attr" or bool(
+        node.all_input_nodes and all(n.op == "get_attr" for n in node.all_input_nodes)
+    )
+
+
+def _heads(site: Site, value: Value, dim: int) -> Value:
+    """Joint ids of a summed dimension and a batch dimension (heads) tied to whole heads."""
+    joint = [
+        block
+        for block in value.blocks
+        if block.touches(value.dims[dim]) and set(block.factors) - set(value.dims[dim])
+    ]
+    algebra = site.algebra
+    for block in joint:
+        axes = [k for k, f in enumerate(block.factors) if f in value.dims[dim]]
+        algebra.links.tie(block.ids, axes)
+    return value
+
+
+def _addmm(site: Site) -> Result:
+    a, b = (
+        (site.value("mat1"), site.value("mat2"))
+        if "mat1" in site.arguments
+        else (site.value("batch1"), site.value("batch2"))
+    )
+    if "mat1" in site.arguments:
+        _rows(site, b, 1)
+        result = site.algebra.contract(a, b, [(1, 0)])
+    else:
+        result = _product(site, a, b)
+    return site.algebra.elementwise([result, site.value("self").renamed()])
+
+
+def _embedding(site: Site) -> Result:
+    weight = site.value("weight").renamed()
+    _rows(site, weight, 1)
+    weight = site.because("looks them up by an index").whole_dims(weight, [0])
+    indices = site.value("indices").renamed()
+    site.because("is used as an index").freeze(indices)
+    return Value((*indices.dims, weight.dims[1]), weight.blocks)
+
+
+# -- attention -----------------------------------------------------------------------------
+
+
+def _sdpa(site: Site) -> Result:
+    """softmax(q k^T * scale + mask) v: a head of q, k and v is one unit.
+
+    A head size that is tracked without heads (single-head attention) is contracted as it is;
+    the scale then becomes a literal, since its default would follow the smaller size.
+    """
+    q, k = site.value("query"), site.value("key").renamed()
+    v, rank = site.value("value").renamed(), len(site.value("query").dims)
+    if site.arg("enable_gqa"):
+        q, k, v = _repeat_heads(site, q, k, v)
+    for value in (q, k, v):
+        _heads(site, value, rank - 1)
+    over = site.because("attention is computed along them")
+    k, v = over.whole_dims(k, [rank - 2]), over.whole_dims(v, [rank - 2])
+    scores = _product(site, q, k.with_dims((*k.dims[:-2], k.dims[-1], k.dims[-2])))
+    if (mask := site.maybe("attn_mask")) is not None:
+        scores = site.algebra.elementwise([scores, mask.renamed()])
+    scores = over.whole_dims(scores, [len(scores.dims) - 1])
+    return _product(site, scores, v)
+
+
+def _repeat_heads(site: Site, q: Value, k: Value, v: Value) -> tuple[Value, Value, Value]:
+    """Keys and values with each head repeated for the query heads that it serves."""
+    dim = len(q.dims) - 3
+    times = q.sizes()[dim] // k.sizes()[dim]
+    repeated = []
+    for value in (k, v):
+        new = () if times == 1 else (Factor(times),)
+        repeated.append(
+            value.with_dims((*d, *new) if j == dim else d for j, d in enumerate(value.dims))
+        )
+    return q, repeated[0], repeated[1]
+
+
+def _resize_sdpa(edit: Edit) -> None:
+    query = edit.value("query")
+    before, after = edit.counts(query, len(query.dims) - 1)
+    if before != after and edit.arg("scale") is None:
+        edit.update(scale=1.0 / math.sqrt(before))
+
+
+# -- norms ---------------------------------------------------------------------------------
+
+
+def _batch_norm(site: Site) -> Result:
+    """One scale, shift, mean and variance a channel of dimension 1."""
+    value = site.value("input")
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        parameter = site.maybe(name)
+        if parameter is not None:
+            value, _ = site.algebra.meet_dims(value, [1], parameter.renamed(), [0])
+    return _first_of(site, value)
+
+
+def _first_of(site: Site, value: Value) -> Result:
+    """The value as the (first) result; further results are statistics nobody prunes."""
+    outputs = site.untracked()
+    return value if isinstance(outputs, Value) else (value, *outputs[1:])
+
+
+def _layer_norm(site: Site) -> Result:
+    """Mean and variance over the last dimensions are those of the survivors."""
+    value = site.value("input")
+    count = len(site.arg("normalized_shape"))
+    dims = range(len(value.dims) - count, len(value.dims))
+    for name in ("weight", "bias"):
+        parameter = site.maybe(name)
+        if parameter is not None:
+            value, _ = site.algebra.meet_dims(value, dims, parameter.renamed(), range(count))
+    return _first_of(site, value)
+
+
+def _resize_layer_norm(edit: Edit) -> None:
+    value = edit.value("input")
+    shape = edit.arg("normalized_shape")
+    offset = len(value.dims) - len(shape)
+    edit.update(normalized_shape=edit.resized(shape, offset=offset))
+
+
+def _group_norm(site: Site) -> Result:
+    """Every group loses the same local channels; the number of groups stays."""
+    value = site.value("input")
+    groups = int(site.arg("num_groups" if "num_groups" in site.arguments else "group"))
+    for name in ("weight", "bias"):
+        parameter = site.maybe(name)
+        if parameter is not None:
+            value, _ = site.algebra.meet_dims(value, [1], parameter.renamed(), [0])
+    channels = value.sizes()[1]
+    if groups == 1 or not value.tracked(1):
+        return _first_of(site, value)
+    split = _split_dim(site, value, 1, groups, channels // groups)
+    equal = site.because("belongs to a group that must keep its size")
+    for block in split.blocks:
+        axes = [k for k, f in enumerate(block.factors) if f in split.dims[1]]
+        if axes and len(axes) == len(block.factors):
+            site.links.freeze(block.ids, equal.reason)
+        elif axes:
+            site.links.tie(block.ids, axes)
+    merged = split.with_dims((split.dims[0], (*split.dims[1], *split.dims[2]), *split.dims[3:]))
+    return _first_of(site, merged)
+
+
+def _prelu(site: Site) -> Result:
+    value, weight = site.value("self"), site.value("weight").renamed()
+    dim = 1 if len(value.dims) > 1 else 0
+    value, _ = site.algebra.meet_dims(value, [dim], weight, [0])
+    return value
+
+
+def _per_channel(site: Site) -> Result:
+    """``pruna::fake_quant``: scale and zero point belong to the channels of ``axis``."""
+    value = site.operands()[0]
+    axis = site.arg("axis")
+    for name in ("scale", "zero_point"):
+        parameter = site.maybe(name)
+        if parameter is not None and parameter.dims and axis is not None:
+            dim = int(axis) % len(value.dims)
+            value, _ = site.algebra.meet_dims(value, [dim], parameter.renamed(), [0])
+    return value
+
+
+_CONVS = (
+    "conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d"
+).split()
+
+RULES: dict[str, Rule] = {
+    **{f"aten::{name}": Rule(_conv, _resize_conv) for name in _CONVS},
+    "aten::linear": Rule(_linear),
+    **{f"aten::{name}": Rule(_matmul) for name in ("matmul", "mm", "bmm", "mv", "dot")},
+    "aten::addmm": Rule(_addmm),
+    "aten::baddbmm": Rule(_addmm),
+    "aten::embedding": Rule(_embedding),
+    "aten::scaled_dot_product_attention": Rule(_sdpa, _resize_sdpa),
+    "aten::batch_norm": Rule(_batch_norm),
+    "aten::instance_norm": Rule(_batch_norm),
+    "aten::_native_batch_norm_legit_no_training": Rule(_batch_norm),
+    "aten::layer_norm": Rule(_layer_norm, _resize_layer_norm),
+    "aten::native_layer_norm": Rule(_layer_norm, _resize_layer_norm),
+    "aten::rms_norm": Rule(_layer_norm, _resize_layer_norm),
+    "aten::group_norm": Rule(_group_norm),
+    "aten::prelu": Rule(_prelu),
+    "pruna::fake_quant": Rule(_per_channel),
+}
