@@ -6,6 +6,8 @@ Names are imported on first use, so that ``import pruna_ir`` does not import tor
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ _HOMES = {
     "capture": "capture",
     "load_data": "data",
     "print_program": "printer",
+    "verify": "verify",
 }
 __all__ = ["__version__", *sorted(_HOMES)]
 
@@ -64,3 +67,15 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'pruna_ir' has no attribute {name!r}")
     return getattr(importlib.import_module(f"pruna_ir.{_HOMES[name]}"), name)
+
+
+class _Package(ModuleType):
+    """This package: importing ``pruna_ir.capture`` must not hide the function ``capture``."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, unless it is a submodule under the name of something public."""
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
