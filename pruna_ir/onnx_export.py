@@ -41,6 +41,7 @@ OPSET = 18
 
 _DOMAIN = "pruna"
 _FAKE_QUANT = "FakeQuant"
+_SCOPES = "pkg.torch.onnx.name_scopes"
 _BYTE_RANGES = {np.dtype(np.int8): (-128, 127), np.dtype(np.uint8): (0, 255)}
 
 
@@ -67,6 +68,7 @@ def export_onnx(program: Program, *, opset: int = OPSET, int8_weights: bool = Tr
     model = _translate(program, opset)
     _lower_fake_quants(_Graph(model.graph), int8_weights)
     _drop_domain(model)
+    _drop_traces(model.graph)
     _rename(model, program)
     try:
         onnx.checker.check_model(model)
@@ -409,6 +411,16 @@ def _drop_domain(model: Any) -> None:
     kept = [entry for entry in model.opset_import if entry.domain != _DOMAIN]
     del model.opset_import[:]
     model.opset_import.extend(kept)
+
+
+def _drop_traces(graph: Any) -> None:
+    """Leave of the exporter's notes the module path alone: source paths are no one else's."""
+    for node in graph.node:
+        kept = [entry for entry in node.metadata_props if entry.key == _SCOPES]
+        del node.metadata_props[:]
+        node.metadata_props.extend(kept)
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        del value.metadata_props[:]
 
 
 # -- names ---------------------------------------------------------------------------------------
