@@ -120,10 +120,10 @@ def load(entry: Entry) -> Any:
             f"{entry.distribution} registers kernel '{entry.name}', but {entry.value} is a "
             f"{type(loaded).__name__}, not a pruna_ir.kernels.kernel.Kernel"
         )
-    elif entry.group == COUPLING_RULES and not callable(loaded):
+    elif entry.group == COUPLING_RULES and not hasattr(loaded, "couple"):
         raise PluginError(
             f"{entry.distribution} registers a coupling rule for '{entry.name}', but "
-            f"{entry.value} is a {type(loaded).__name__}, not a function"
+            f"{entry.value} is a {type(loaded).__name__}, not a pruna_ir.coupling.rule.Rule"
         )
     return loaded
 

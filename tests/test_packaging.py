@@ -3,61 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 import tarfile
 import time
-import venv
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("passes", "backends", "kernels")
+from tests.wheels import (
+    FOLDERS,
+    ROOT,
+    build,
+    clean_copy,
+    empty_environment,
+    package_paths,
+    run,
+    tree_files,
+)
+
 HELP_SECONDS = 0.5
-
-
-def run(*command: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    ran = subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True)
-    assert ran.returncode == 0, f"{ran.args}\n{ran.stdout}\n{ran.stderr}"
-    return ran
-
-
-def tree_files() -> list[Path]:
-    """What a clone would hold if everything were committed: tracked or new, and not ignored."""
-    listed = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT)
-    paths = [Path(name) for name in listed.stdout.split("\0") if name]
-    return sorted({path for path in paths if os.path.lexists(ROOT / path)})
-
-
-def package_paths(files: Iterable[Path]) -> set[str]:
-    """Where the files of the four source folders must lie in a wheel."""
-    return {
-        (Path("pruna_ir") / file if file.parts[0] in FOLDERS else file).as_posix()
-        for file in files
-        if file.parts[0] in ("pruna_ir", *FOLDERS) and not (ROOT / file).is_symlink()
-    }
-
-
-def build(source: Path, kind: str, out: Path) -> Path:
-    """Build a wheel or sdist and return it."""
-    run(sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", out, cwd=source)
-    (built,) = out.iterdir()
-    return built
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clean copy of the tree, links kept."""
-    copy = tmp_path_factory.mktemp("source")
-    for file in tree_files():
-        (copy / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / file, copy / file, follow_symlinks=False)
-    return copy
+    return clean_copy(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(scope="module")
@@ -151,14 +121,7 @@ def test_the_sdist_holds_no_tests_and_no_examples(sdist: Path) -> None:
 @pytest.fixture(scope="module")
 def scripts(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The scripts of an empty environment into which the wheel alone was installed."""
-    root = tmp_path_factory.mktemp("empty")
-    venv.create(root, with_pip=False, symlinks=True)
-    scripts = root / ("Scripts" if os.name == "nt" else "bin")
-    run(
-        sys.executable, "-m", "pip", "--python", scripts / "python", "install", "--quiet",
-        "--no-deps", "--no-index", "--disable-pip-version-check", wheel,
-    )  # fmt: skip
-    return scripts
+    return empty_environment(tmp_path_factory.mktemp("empty"), wheel)
 
 
 def test_no_dependency_is_there(scripts: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from pruna_ir import __version__, registry
 from pruna_ir.errors import PluginError, UsageError
 from pruna_ir.registry import BACKENDS, COUPLING_RULES, KERNELS, PASSES
+from tests.wheels import write_distribution
 
 Install = Callable[..., None]
 
@@ -47,19 +48,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     def _install(
         name: str, version: str, groups: dict[str, dict[str, str]], files: dict[str, str]
     ) -> None:
-        info = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8"
-        )
-        lines = [
-            f"[{group}]\n" + "\n".join(f"{key} = {value}" for key, value in items.items())
-            for group, items in groups.items()
-        ]
-        (info / "entry_points.txt").write_text("\n".join(lines), encoding="utf-8")
-        for file, text in files.items():
-            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / file).write_text(text, encoding="utf-8")
+        write_distribution(tmp_path, name, version, groups, files)
         forget()
 
     forget()
@@ -226,7 +215,7 @@ def test_a_missing_module_is_a_problem_that_listing_finds(install: Install, modu
         (PASSES, "registers pass 'zz', but zz_acme:VALUE is a dict, not a class"),
         (BACKENDS, "registers backend 'zz', but zz_acme:VALUE is a dict, not a class"),
         (KERNELS, "registers kernel 'zz', but zz_acme:VALUE is a dict, not a pruna_ir.kernels"),
-        (COUPLING_RULES, "coupling rule for 'zz', but zz_acme:VALUE is a dict, not a function"),
+        (COUPLING_RULES, "coupling rule for 'zz', but zz_acme:VALUE is a dict, not a pruna_ir.c"),
     ],
 )
 def test_something_else_under_a_name_is_refused(install: Install, group: str, told: str) -> None:
