@@ -53,6 +53,7 @@ class Canonicalize(Pass):
 
     name: ClassVar[str] = "canonicalize"
     effect: ClassVar[Effect] = Effect.EXACT
+    api_version: ClassVar[int] = 1
 
     def rewrite(self, rw: Rewrite) -> None:
         """Functional form first, then spellings and identities in one sweep."""

@@ -398,10 +398,20 @@ def is_pure(node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
         if str(node.target).startswith("aten._assert_tensor_metadata"):
             return True
+        if torch.Tag.nondeterministic_seeded in node.target.tags and _draws(node):
+            return False
         return not node.target._schema.is_mutable and not str(node.target).startswith(
             ("aten._assert", "aten.sym_constrain")
         )
     return True
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether a random operator draws numbers: dropout does so in training only."""
+    bound = bind_arguments(node)
+    if bound.get("train") is False or bound.get("training") is False:
+        return False
+    return bool(bound.get("dropout_p", 1.0))
 
 
 def remove_dead_nodes(graph: fx.Graph) -> int:
