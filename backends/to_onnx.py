@@ -4,16 +4,23 @@ The model comes from `pruna_ir.onnx_export`: checked, with the program's names a
 dimensions, quantisers as QuantizeLinear/DequantizeLinear pairs, weights stored in one byte each.
 
 ONNX Runtime turns the pairs into integer kernels when it loads the model. On x86 it wants unsigned
-activations, and both inputs of a residual add quantised. Fusing MatMul with Add into Gemm hides
-linears from those rewrites (ONNX Runtime has an int8 Gemm for 2-d operands only), so the optimiser
-``MatMulAddFusion`` is off for models that hold DequantizeLinear and MatMul; the manifest's fact
-``disabled_optimizers`` says so, for whoever loads ``model.onnx`` by other means.
+activations, and both inputs of a residual add quantised. It has no int8 kernel for a Gemm with a
+float bias, but one for a product of two dequantised matrices:
+
+    Gemm(DequantizeLinear(A8), DequantizeLinear(B8), c)
+      -->
+    Add(MatMul(DequantizeLinear(A8), DequantizeLinear(B8')), c)    B8' = B8, transposed if transB
+
+so such Gemms are split here, and the optimiser ``MatMulAddFusion``, which would undo it, is off
+for models that hold DequantizeLinear and MatMul; the manifest's fact ``disabled_optimizers`` says
+so, for whoever loads ``model.onnx`` by other means.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -67,6 +74,7 @@ class ToOnnx:
         """
         context.progress("onnx: exporting", 0, 1)
         model = export_onnx(program)
+        split_gemms(model.graph)
         (folder / MAIN).write_bytes(model.SerializeToString())
         context.progress("onnx: exporting", 1, 1)
         return Lowered(
@@ -107,6 +115,66 @@ def _stated_optimizers(folder: Path) -> list[str]:
         "disabled_optimizers", []
     )
     return stated
+
+
+# -- shaping for ONNX Runtime ---------------------------------------------------------------------
+
+
+def split_gemms(graph: Any) -> int:
+    """Split, in place, every Gemm of two dequantised matrices; returns how many (see module)."""
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    dequantized = {n.output[0]: n for n in graph.node if n.op_type == "DequantizeLinear"}
+    readers = Counter(name for node in graph.node for name in node.input)
+    nodes: list[Any] = []
+    count = 0
+    for node in graph.node:
+        parts = _split(node, constants, dequantized, readers) if node.op_type == "Gemm" else None
+        count += parts is not None
+        nodes += [node] if parts is None else parts
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(constants.values())
+    return count
+
+
+def _split(
+    gemm: Any, constants: dict[str, Any], dequantized: dict[str, Any], readers: Counter[str]
+) -> list[Any] | None:
+    """MatMul and Add for a Gemm; None where it is not of that form."""
+    from onnx import helper
+
+    attributes = {a.name: helper.get_attribute_value(a) for a in gemm.attribute}
+    plain = all(attributes.get(name, 1.0) == 1.0 for name in ("alpha", "beta"))
+    weight = dequantized.get(gemm.input[1])
+    if not plain or attributes.get("transA") or weight is None:
+        return None
+    if gemm.input[0] not in dequantized or weight.input[0] not in constants:
+        return None
+    if attributes.get("transB") and not _transpose(weight, constants, readers):
+        return None
+    (result,) = gemm.output
+    if len(gemm.input) < 3:
+        return [helper.make_node("MatMul", gemm.input[:2], [result], name=gemm.name)]
+    product = f"{result}_product"
+    return [
+        helper.make_node("MatMul", gemm.input[:2], [product], name=gemm.name),
+        helper.make_node("Add", [product, gemm.input[2]], [result], name=f"{gemm.name}_bias"),
+    ]
+
+
+def _transpose(weight: Any, constants: dict[str, Any], readers: Counter[str]) -> bool:
+    """Transpose a weight's integers under its DequantizeLinear, where nobody else reads them."""
+    from onnx import numpy_helper
+
+    name = weight.input[0]
+    if readers[name] > 1 or readers[weight.output[0]] > 1:
+        return False
+    integers = numpy_helper.to_array(constants[name])
+    constants[name] = numpy_helper.from_array(np.array(integers.T, order="C"), name)
+    for attribute in weight.attribute:
+        if attribute.name == "axis":
+            attribute.i = 1 - attribute.i % 2
+    return True
 
 
 # -- running -----------------------------------------------------------------------------------

@@ -43,9 +43,9 @@ from pruna_ir.program import Program
 from pruna_ir.reexport import resized
 from pruna_ir.stimuli import Stimulus, stimuli
 
-FLOAT_FACTOR = 32.0
+FLOAT_FACTOR = 16.0
 """How far beyond eager float32's own error an artifact may be off."""
-FLOOR_EPS = 8.0
+FLOOR_EPS = 4.0
 """The least error, in units of eps, that counts as eager's own."""
 WIDEST_LIMIT = 1e-2
 """A float limit above this proves nothing: the program is too ill-conditioned on that input."""
@@ -54,8 +54,8 @@ NOISE_STEPS = 1 / 32
 """Uniform noise before each rounding of the noisy program, in quantisation steps."""
 NOISY_RUNS = 3
 """Noisy runs per stimulus; the worst one is the floor."""
-MARGIN_DB = 6.0
-"""How far below the floor an artifact may lie: twice the floor's noise amplitude."""
+MARGIN_DB = 3.0
+"""How far below the floor an artifact may lie: 1.4 times the floor's noise amplitude."""
 LOWEST_SQNR_DB = 10.0
 """A limit below this proves nothing."""
 
