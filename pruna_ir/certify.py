@@ -32,13 +32,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx
 
-from pruna_ir.call import Call
 from pruna_ir.data import DataSource
-from pruna_ir.equivalence import Lifted, relative_error, run_float64, run_native, sqnr_db
+from pruna_ir.equivalence import relative_error, run_float64, run_native, sqnr_db
 from pruna_ir.errors import LoweringError
 from pruna_ir.lowering import CERTIFICATE, KernelRow, Runner, Verdict
+from pruna_ir.noise import NOISE_STEPS, is_fake_quant, run_noisy
 from pruna_ir.program import Program
 from pruna_ir.reexport import resized
 from pruna_ir.stimuli import Stimulus, stimuli
@@ -50,8 +49,6 @@ FLOOR_EPS = 4.0
 WIDEST_LIMIT = 1e-2
 """A float limit above this proves nothing: the program is too ill-conditioned on that input."""
 
-NOISE_STEPS = 1 / 32
-"""Uniform noise before each rounding of the noisy program, in quantisation steps."""
 NOISY_RUNS = 3
 """Noisy runs per stimulus; the worst one is the floor."""
 MARGIN_DB = 3.0
@@ -282,11 +279,7 @@ def versions() -> dict[str, str]:
 
 def is_quantised(program: Program) -> bool:
     """Whether the program rounds to integer grids anywhere."""
-    return any(_is_fake_quant(node) for node in program.calls())
-
-
-def _is_fake_quant(node: fx.Node) -> bool:
-    return str(node.target) == "pruna.fake_quant.default"
+    return any(is_fake_quant(node) for node in program.calls())
 
 
 # -- stimuli -----------------------------------------------------------------------------------
@@ -460,40 +453,3 @@ def _verdict(program: Program, comparisons: Sequence[Comparison]) -> tuple[Verdi
                 "on every stimulus; give data that it was made for"
             )
     return Verdict.PASSED, ""
-
-
-class _Noisy(Lifted):
-    """Runs a program in float64 with noise before each rounding of an activation."""
-
-    def __init__(self, program: Program, generator: torch.Generator) -> None:
-        super().__init__(program)
-        self._program = program
-        self._generator = generator
-
-    def run_node(self, n: fx.Node) -> Any:
-        """One node; a fake-quant of a computed value sees it off by a fraction of a step."""
-        if n.op != "call_function" or not _is_fake_quant(n):
-            return super().run_node(n)
-        call = Call(self._program, n)
-        source, steps = call.producer("x"), call.producer("scale")
-        if source is None or steps is None or source.op == "get_attr":
-            return super().run_node(n)
-        x, scale = self.env[source], self.env[steps]
-        axis = call.arg("axis")
-        if axis is not None:
-            scale = scale.reshape([-1] + [1] * (x.dim() - 1 - axis % x.dim()))
-        noise = torch.rand(x.shape, generator=self._generator, dtype=torch.float32) * 2 - 1
-        self.env[source] = x + noise * (scale * NOISE_STEPS)
-        try:
-            return super().run_node(n)
-        finally:
-            self.env[source] = x
-
-
-def run_noisy(
-    program: Program, inputs: Sequence[torch.Tensor], *, seed: int
-) -> tuple[torch.Tensor, ...]:
-    """The outputs, in float64, of a quantised program with noise before each rounding."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        return tuple(_Noisy(program, generator).run(*inputs))
