@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.wheels import FOLDERS, ROOT
+
 CONFIG = ROOT / "pyproject.toml"
-FOLDERS = ("passes", "backends", "kernels")
 MODULES = sorted(
     ".".join(file.relative_to(ROOT).with_suffix("").parts)
     for file in (ROOT / "pruna_ir").rglob("*.py")
