@@ -1,0 +1,201 @@
+"""A convolution with its epilogue: bias, residual and activation.
+
+    y = act(conv(x, weight, bias) + residual)
+
+``conv`` is a one-, two- or three-dimensional convolution with zero padding, by the rank of
+``weight``; ``act`` is one of
+
+    none, relu, relu6, hardtanh (activation_args = [min, max]), hardswish, silu
+
+The fast path for inference computes the epilogue in place in the convolution's own result. oneDNN's
+fused post-ops (``mkldnn::_convolution_pointwise``) were tried and left out: through torch, whose
+weights are not laid out for oneDNN beforehand, they gained nothing over the separate calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pruna_ir.errors import UsageError
+from pruna_ir.kernels.kernel import Kernel
+
+_aten = torch.ops.aten
+
+_SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] padding, "
+    "int[] dilation, int groups, str activation, float[] activation_args) -> Tensor"
+)
+
+_CONV = {1: _aten.conv1d.default, 2: _aten.conv2d.default, 3: _aten.conv3d.default}
+
+_ACTIVATIONS: dict[str, Callable[..., Any]] = {
+    "none": lambda y: y,
+    "relu": _aten.relu.default,
+    "relu6": lambda y: _aten.hardtanh.default(y, 0.0, 6.0),
+    "hardtanh": lambda y, low, high: _aten.hardtanh.default(y, low, high),
+    "hardswish": _aten.hardswish.default,
+    "silu": _aten.silu.default,
+}
+
+_IN_PLACE: dict[str, Callable[..., Any]] = {
+    "none": lambda y: y,
+    "relu": _aten.relu_.default,
+    "relu6": lambda y: _aten.hardtanh_.default(y, 0.0, 6.0),
+    "hardtanh": lambda y, low, high: _aten.hardtanh_.default(y, low, high),
+    "hardswish": _aten.hardswish_.default,
+    "silu": _aten.silu_.default,
+}
+
+ACTIVATIONS = tuple(_ACTIVATIONS)
+"""The names that ``activation`` may have."""
+
+
+@torch.library.custom_op("pruna::conv_act", mutates_args=(), schema=_SCHEMA)
+def conv_act(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str,
+    activation_args: list[float],
+) -> torch.Tensor:
+    """``act(conv(x, weight, bias) + residual)``, differentiable in all four tensors.
+
+    Args:
+        x: [batch, in, ...spatial], any floating dtype.
+        weight: [out, in / groups, ...kernel], the dtype of ``x``.
+        bias: [out] or None.
+        residual: a tensor of the result's shape and dtype, or None.
+        stride: one integer per spatial dimension, as are ``padding`` and ``dilation``.
+        padding: zeros added on both sides.
+        dilation: distance of kernel elements.
+        groups: number of blocks of channels.
+        activation: one of `ACTIVATIONS`.
+        activation_args: ``[min, max]`` for hardtanh, empty otherwise.
+
+    Returns:
+        [batch, out, ...spatial], the dtype of ``x``.
+
+    Raises:
+        UsageError: the activation is unknown or has the wrong number of arguments.
+        RuntimeError: shapes or dtypes do not fit.
+
+    >>> x, weight = torch.ones(1, 1, 2, 2), torch.full((1, 1, 1, 1), 7.0)
+    >>> conv_act(x, weight, None, -x, [1, 1], [0, 0], [1, 1], 1, "hardtanh", [0.0, 5.0]).flatten()
+    tensor([5., 5., 5., 5.])
+    """
+    _check(x, weight, residual, activation, activation_args)
+    y = _convolution(x, weight, bias, stride, padding, dilation, groups)
+    if residual is not None:
+        _check_residual(y, residual)
+        y.add_(residual)
+    result: torch.Tensor = _IN_PLACE[activation](y, *activation_args)
+    return result
+
+
+def conv_act_reference(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    residual: Any,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str,
+    activation_args: list[float],
+) -> Any:
+    """The operator's meaning in ATen operators."""
+    y = _convolution(x, weight, bias, stride, padding, dilation, groups)
+    if residual is not None:
+        y = _aten.add.Tensor(y, residual)
+    return _ACTIVATIONS[activation](y, *activation_args)
+
+
+def _convolution(
+    x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Any:
+    convolve = _CONV[len(stride)]
+    return convolve(x, weight, bias, list(stride), list(padding), list(dilation), groups)
+
+
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None,
+    activation: str,
+    activation_args: list[float],
+) -> None:
+    if activation not in _ACTIVATIONS:
+        raise UsageError(
+            f"conv_act has no activation '{activation}'; it has {', '.join(ACTIVATIONS)}"
+        )
+    wanted = 2 if activation == "hardtanh" else 0
+    if len(activation_args) != wanted:
+        raise UsageError(
+            f"conv_act: {activation} takes {wanted} numbers, but {len(activation_args)} were given"
+        )
+    torch._check(
+        x.dim() == weight.dim() and 3 <= x.dim() <= 5,
+        lambda: f"conv_act: x is {list(x.shape)} and weight is {list(weight.shape)}",
+    )
+    torch._check(
+        residual is None or residual.dtype == x.dtype,
+        lambda: f"conv_act: x is {x.dtype}, but residual is {residual.dtype}",  # type: ignore[union-attr]
+    )
+
+
+def _check_residual(y: torch.Tensor, residual: torch.Tensor) -> None:
+    torch._check(
+        residual.shape == y.shape,
+        lambda: f"conv_act: residual is {list(residual.shape)}, the result {list(y.shape)}",
+    )
+
+
+@conv_act.register_fake
+def _(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str,
+    activation_args: list[float],
+) -> torch.Tensor:
+    _check(x, weight, residual, activation, activation_args)
+    y: torch.Tensor = _convolution(x, weight, bias, stride, padding, dilation, groups)
+    if residual is not None:
+        _check_residual(y, residual)
+    return torch.empty_like(y)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG001
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:]
+
+
+def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of the reference, which is run again from the saved inputs."""
+    saved = ctx.saved_tensors
+    wanted = [t for t, needed in zip(saved, ctx.needs_input_grad, strict=False) if needed]
+    twice = torch.is_grad_enabled()
+    with torch.enable_grad():
+        y = conv_act_reference(*saved, *ctx.options)
+        found = iter(torch.autograd.grad(y, wanted, grad, create_graph=twice))
+    grads = [next(found) if needed else None for needed in ctx.needs_input_grad[:4]]
+    return (*grads, *[None] * 6)
+
+
+torch.library.register_autograd("pruna::conv_act", _gradients, setup_context=_save)
+
+KERNEL = Kernel(torch.ops.pruna.conv_act.default, conv_act_reference)

@@ -1,0 +1,148 @@
+"""conv_act: the operator equals its reference, in value, gradient, shape and as fx graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx
+
+from pruna_ir.errors import UsageError
+from pruna_ir.kernels.conv_act import ACTIVATIONS, KERNEL, conv_act, conv_act_reference
+
+ARGS = {"hardtanh": [-0.5, 0.75]}
+
+
+def draw(spatial: int, size: int, groups: int, dtype: torch.dtype, seed: int = 0):
+    """x, weight, bias, residual of a convolution with padding 1 and kernel 3."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    x = normal(2, 2 * groups, *[size] * spatial)
+    weight = normal(3 * groups, 2, *[3] * spatial)
+    residual = normal(2, 3 * groups, *[size] * spatial)
+    return x, weight, normal(3 * groups), residual
+
+
+def options(spatial: int, groups: int, activation: str):
+    ones = [1] * spatial
+    return ones, ones, ones, groups, activation, ARGS.get(activation, [])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_equals_the_reference_bit_for_bit(activation, dtype):
+    tensors = draw(2, 7, 2, dtype)
+    rest = options(2, 2, activation)
+    assert torch.equal(conv_act(*tensors, *rest), conv_act_reference(*tensors, *rest))
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(1, 3), st.sampled_from([1, 3, 5]), st.sampled_from([1, 2, 3]),
+    st.sampled_from(ACTIVATIONS), st.booleans(), st.booleans(), st.integers(0, 99),
+)  # fmt: skip
+def test_equals_the_reference_for_any_shape(
+    spatial, size, groups, activation, with_bias, with_residual, seed
+):
+    x, weight, bias, residual = draw(spatial, size, groups, torch.float64, seed)
+    tensors = (x, weight, bias if with_bias else None, residual if with_residual else None)
+    rest = options(spatial, groups, activation)
+    assert torch.equal(conv_act(*tensors, *rest), conv_act_reference(*tensors, *rest))
+
+
+def test_means_what_the_modules_compute():
+    conv = torch.nn.Conv2d(3, 4, 3, stride=2, padding=1, dilation=2).double()
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = conv(x).detach()
+    residual = torch.ones_like(y)
+    found = conv_act(
+        x, conv.weight, conv.bias, residual, [2, 2], [1, 1], [2, 2], 1, "hardswish", []
+    )
+    expected = torch.nn.functional.hardswish(y + residual)
+    torch.testing.assert_close(found.detach(), expected, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(found, torch.nn.functional.hardswish(y)), "the residual counts"
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_at_float64(activation):
+    tensors = [t.requires_grad_() for t in draw(1, 4, 1, torch.float64)]
+    rest = options(1, 1, activation)
+    assert torch.autograd.gradcheck(lambda *t: conv_act(*t, *rest), tensors)
+
+
+def test_second_gradients_at_float64():
+    tensors = [t.requires_grad_() for t in draw(1, 3, 1, torch.float64)]
+    rest = options(1, 1, "silu")
+    assert torch.autograd.gradgradcheck(lambda *t: conv_act(*t, *rest), tensors)
+
+
+def test_gradients_without_bias_and_residual():
+    x, weight, _, _ = (t.requires_grad_() for t in draw(2, 4, 2, torch.float64))
+    rest = options(2, 2, "relu6")
+    conv_act(x.detach(), weight, None, None, *rest).sum().backward()
+    (expected,) = torch.autograd.grad(
+        conv_act_reference(x.detach(), weight, None, None, *rest).sum(), [weight]
+    )
+    assert torch.equal(weight.grad, expected)
+
+
+def test_registration_follows_torch_rules():
+    x, weight, bias, residual = draw(2, 5, 1, torch.float32)
+    for t in (x, weight, bias, residual):
+        t.requires_grad_()
+    torch.library.opcheck(KERNEL.op, (x, weight, bias, residual, *options(2, 1, "relu")))
+    torch.library.opcheck(KERNEL.op, (x, weight, None, None, *options(2, 1, "none")))
+
+
+def test_the_operands_keep_their_values():
+    tensors = draw(2, 5, 1, torch.float32)
+    copies = [t.clone() for t in tensors]
+    conv_act(*tensors, *options(2, 1, "relu"))
+    assert all(torch.equal(t, c) for t, c in zip(tensors, copies, strict=True))
+
+
+def test_uninitialised_memory_never_shows():
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    try:
+        y = conv_act(*draw(2, 7, 1, torch.float32), *options(2, 1, "relu"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not torch.isnan(y).any()
+
+
+def test_the_reference_traces_with_proxies():
+    graph = fx.Graph()
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    x, w = (fx.Proxy(graph.placeholder(n), tracer) for n in ("x", "w"))
+    graph.output(conv_act_reference(x, w, None, x, [1, 1], [0, 0], [1, 1], 1, "relu6", []).node)
+    targets = [str(n.target) for n in graph.nodes if n.op == "call_function"]
+    assert targets == ["aten.conv2d.default", "aten.add.Tensor", "aten.hardtanh.default"]
+
+
+def test_refuses_an_unknown_activation():
+    with pytest.raises(UsageError, match="no activation 'tanh'; it has none, relu, relu6"):
+        conv_act(*draw(2, 5, 1, torch.float32), *options(2, 1, "tanh"))
+
+
+def test_refuses_wrong_activation_arguments():
+    rest = (*options(2, 1, "hardtanh")[:-1], [1.0])
+    with pytest.raises(UsageError, match="hardtanh takes 2 numbers, but 1 were given"):
+        conv_act(*draw(2, 5, 1, torch.float32), *rest)
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_refuses_a_residual_that_broadcasts(fake):
+    from torch._subclasses import FakeTensorMode
+
+    tensors = draw(2, 5, 1, torch.float32)
+    mode = FakeTensorMode()
+    if fake:
+        tensors = tuple(mode.from_tensor(t) for t in tensors)
+    x, weight, bias, residual = tensors
+    with mode if fake else torch.no_grad(), pytest.raises(RuntimeError, match="residual is"):
+        conv_act(x, weight, bias, residual[:, :1], *options(2, 1, "relu"))
