@@ -73,6 +73,11 @@ def test_mypy_sees_what_stands_behind_the_links(
     assert f"pruna_ir.{name}" in mypy.stderr
 
 
+def test_mypy_finds_nothing_in_the_plugin() -> None:
+    ran = run("mypy", "--config-file", CONFIG, ROOT / "tests" / "plugin" / "acme_pruna")
+    assert not [line for line in ran.stdout.splitlines() if "acme_pruna" in line], ran.stdout
+
+
 def test_mypy_finds_a_planted_error(tmp_path: Path) -> None:
     planted = tmp_path / "planted.py"
     planted.write_text(
