@@ -172,7 +172,7 @@ def test_the_backend_names_what_it_cannot_lower(environment: Environment, model:
     ran = environment.pruna_opt("run", "net.py:net", "--target", "numpy", "-o", "o", cwd=model)
     assert ran.returncode == 6
     assert "aten.hardswish.default" in ran.stderr
-    assert "net.py:15" in ran.stderr
+    assert "net.py:14" in ran.stderr
     assert not (model / "o").exists() or not list((model / "o").rglob("manifest.json"))
 
 
