@@ -136,6 +136,8 @@ def sqnr_db(actual: torch.Tensor, reference: torch.Tensor) -> float:
     signal = float(r.square().sum())
     if noise == 0.0:
         return math.inf
+    if not math.isfinite(noise):
+        return -math.inf
     return 10.0 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
