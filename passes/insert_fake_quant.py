@@ -232,10 +232,12 @@ def _unfuse(rw: Rewrite, scheme: QuantScheme) -> None:
     for node in rw.calls(CONV_ACT.op):
         bound = bind_arguments(node)
         residual = bound["residual"] is not None
-        splits = scheme.layer_outputs and (
-            residual or bound["activation"] not in ("none", "relu", "relu6")
+        keeps_float = bound["activation"] in ("hardswish", "silu") or (
+            bound["activation"] == "hardtanh" and bound["activation_args"][0] != 0
         )
-        if splits or (residual and scheme.residual == "both"):
+        if (residual and scheme.residual == "both") or (
+            scheme.layer_outputs and (residual or keeps_float)
+        ):
             rw.note(node, "spelt out again: the target quantises between its parts")
             rw.inline(node, CONV_ACT.reference, bound)
 

@@ -15,6 +15,7 @@ adds count only on the conv stream: those of transformers carry outliers that 8 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +28,7 @@ from pruna_ir.kernels.conv_act import KERNEL as CONV_ACT
 from pruna_ir.kernels.fake_quant import KERNEL as FAKE_QUANT
 from pruna_ir.program import Program, dtype_of, shape_of
 from pruna_ir.propagate import same_value
-from pruna_ir.quantization import QuantScheme
+from pruna_ir.quantization import MOVERS, PARTS, QuantScheme
 
 aten = torch.ops.aten
 
@@ -57,7 +58,7 @@ KINDS: dict[Any, Kind] = {
     aten.conv_transpose1d.default: _TRANSPOSED,
     aten.conv_transpose2d.input: _TRANSPOSED,
     aten.conv_transpose3d.input: _TRANSPOSED,
-    CONV_ACT.op: _CONV,
+    CONV_ACT.op: Kind("x", "weight", 0, convolution=True),
     aten.linear.default: Kind("input", "weight", 0),
     aten.addmm.default: Kind("mat1", "mat2", -1),
     aten.mm.default: Kind("self", "mat2", -1),
@@ -75,21 +76,6 @@ AVERAGES = frozenset(
 )  # fmt: skip
 _CAT = aten.cat.default
 _PAD = aten.constant_pad_nd.default
-MOVERS = frozenset(
-    {
-        _CAT, _PAD, aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default,
-        aten.adaptive_max_pool2d.default, aten.reshape.default, aten.view.default,
-        aten.flatten.using_ints, aten.transpose.int, aten.permute.default, aten.squeeze.dim,
-        aten.squeeze.dims, aten.squeeze.default, aten.unsqueeze.default, aten.slice.Tensor,
-        aten.select.int, aten.pixel_shuffle.default, aten.channel_shuffle.default,
-        aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default, aten.clone.default,
-        aten.contiguous.default, aten.expand.default,
-    }
-)  # fmt: skip
-_PARTS = frozenset(
-    {aten.chunk.default, aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default,
-     aten.unbind.int}
-)  # fmt: skip
 _NORMS = frozenset({aten.batch_norm.default})
 _LINEAR_SOURCES = ATTENTION | {
     aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default,
@@ -188,9 +174,9 @@ class Placement:
         if self.stream[value] != "conv":
             return []
         reader = value
-        if getattr(value.target, "__name__", "") == "getitem":
+        if value.target is operator.getitem:
             parts = value.all_input_nodes[0]
-            if parts.target not in _PARTS:
+            if parts.target not in PARTS:
                 return []
             reader = parts
         elif value.target not in MOVERS or not self._pads_with_zero(value):

@@ -222,6 +222,9 @@ def noise(
 ) -> torch.Tensor:
     """The summed squared error of quantising all observed values with each of [n] parameters.
 
+    With c a bin's centre, the bins that round to a level r add the sum of (r - c)**2 = r**2 * n -
+    2 * r * sum(c) + sum(c**2), so that running sums over bins give each level at once.
+
     Args:
         seen: the values.
         scale: [n] scales.
@@ -231,13 +234,24 @@ def noise(
     Returns:
         [n] float64 errors.
     """
-    kept = seen.counts.nonzero().squeeze(1)
-    centres, counts = seen.centres()[kept], seen.counts[kept].double()
+    centres, counts = seen.centres(), seen.counts.double()
+    below = _sums(counts)  # [bins + 1]: values in the bins before each
+    below_x = _sums(counts * centres)
     step, zero = scale.double()[:, None], zero_point.double()[:, None]
-    levels = (centres / step).round_().add_(zero).clamp_(grid.qmin, grid.qmax)
-    error = levels.sub_(zero).mul_(step).sub_(centres).square_()
+    levels = torch.arange(grid.qmin, grid.qmax + 1, dtype=torch.float64) - zero  # [n, levels]
+    edges = (levels[:, :-1] + 0.5) * step
+    inner = torch.ceil(edges / seen.width - 0.5) - seen.first  # the first bin of the next level
+    bins = torch.nn.functional.pad(inner.clamp(0, len(counts)).long(), (1, 1))
+    bins[:, -1] = len(counts)
+    held, held_x = below[bins].diff(dim=1), below_x[bins].diff(dim=1)
+    reals = levels * step
+    error = (reals * (reals * held - 2.0 * held_x)).sum(1) + (counts * centres.square()).sum()
     spread = torch.clamp(scale.double(), max=seen.width).square() / 12.0
-    return error @ counts + spread * counts.sum()
+    return error.clamp(min=0.0) + spread * counts.sum()
+
+
+def _sums(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(torch.cumsum(x, 0), (1, 0))
 
 
 def sqnr_db(seen: Histogram, parameters: QuantParameters) -> float:

@@ -17,6 +17,7 @@ infinities are refused with the layer's name.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,6 +31,28 @@ from pruna_ir.program import Program, module_path
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 """The smallest normal float32: no scale is below it."""
+
+
+_aten = torch.ops.aten
+MOVERS = frozenset(
+    {
+        _aten.cat.default, _aten.constant_pad_nd.default, _aten.max_pool1d.default,
+        _aten.max_pool2d.default, _aten.max_pool3d.default, _aten.adaptive_max_pool2d.default,
+        _aten.reshape.default, _aten.view.default, _aten.flatten.using_ints, _aten.transpose.int,
+        _aten.permute.default, _aten.squeeze.dim, _aten.squeeze.dims, _aten.squeeze.default,
+        _aten.unsqueeze.default, _aten.slice.Tensor, _aten.select.int, _aten.expand.default,
+        _aten.pixel_shuffle.default, _aten.channel_shuffle.default, _aten.clone.default,
+        _aten.contiguous.default, _aten.upsample_nearest2d.vec, _aten.upsample_nearest2d.default,
+    }
+)  # fmt: skip
+"""Operators whose results hold values of their operands (or padding), and no others."""
+PARTS = frozenset(
+    {
+        _aten.chunk.default, _aten.split.Tensor, _aten.split.sizes,
+        _aten.split_with_sizes.default, _aten.unbind.int,
+    }
+)  # fmt: skip
+"""Operators that return a list of parts of their operand."""
 
 
 @dataclass(frozen=True)
@@ -230,15 +253,28 @@ class QuantizedTensor:
 
 
 def describe(program: Program) -> list[QuantizedTensor]:
-    """One row per fake-quantised operand, in graph order; empty for a float program."""
+    """One row per fake-quantised operand of each layer, in graph order; empty for a float program.
+
+    An operand that reaches its layer through movers (max pool, reshape...) is described by the
+    fake-quant before them; the movers themselves have no rows.
+    """
     op = fake_quant_op()
     return [
         _row(program, node, operand, source)
         for node in program.calls()
-        if isinstance(node.target, torch._ops.OpOverload) and node.target is not op
-        for operand, source in _operands(bind_arguments(node))
-        if source.target is op
+        if isinstance(node.target, torch._ops.OpOverload)
+        and node.target is not op
+        and node.target not in MOVERS | PARTS
+        for operand, value in _operands(bind_arguments(node))
+        if (source := _behind_movers(value)).target is op
     ]
+
+
+def _behind_movers(node: fx.Node) -> fx.Node:
+    """The node whose values a mover, or a chain of them, gives out."""
+    while node.target in MOVERS | PARTS or node.target is operator.getitem:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _operands(bound: Mapping[str, Any]) -> Iterator[tuple[str, fx.Node]]:
