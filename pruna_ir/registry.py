@@ -3,7 +3,7 @@
 Ours and third parties' register the same way. Listing reads package metadata only and imports
 nothing; a name is imported when it is asked for. Two distributions that claim one name are an
 error that names both; a plugin written for another interface version likewise. What is broken and
-nobody asked for is a warning (`problems`, `PluginWarning`).
+nobody asked for is a warning (`problems`, and the log of this module).
 
 A plugin's class states ``api_version`` itself: the version of the interface that it was written
 for, which a value inherited from ours could not tell.
@@ -12,7 +12,7 @@ for, which a value inherited from ours could not tell.
 from __future__ import annotations
 
 import difflib
-import warnings
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -32,6 +32,8 @@ PASSES = "pruna_ir.passes"
 BACKENDS = "pruna_ir.backends"
 KERNELS = "pruna_ir.kernels"
 COUPLING_RULES = "pruna_ir.coupling_rules"
+
+_LOG = logging.getLogger(__name__)
 
 OURS = "pruna-ir"
 """The name of our own distribution."""
@@ -240,15 +242,11 @@ def find_backend(name: str) -> Backend:
     return backend
 
 
-class PluginWarning(UserWarning):
-    """A plugin that nobody asked for by name is left out, and why."""
-
-
 @cache
 def kernels() -> dict[Any, Any]:
     """Every kernel by its operator overload; importing them registers the operators.
 
-    A third party's kernel that cannot be used is left out with a `PluginWarning`: whoever calls
+    A third party's kernel that cannot be used is left out, and the log warns of it: whoever calls
     this asks for none by name.
 
     Raises:
@@ -262,7 +260,7 @@ def kernels() -> dict[Any, Any]:
         except PluginError as error:
             if not entry.third_party:
                 raise
-            warnings.warn(f"{error}; it is left out", PluginWarning, stacklevel=2)
+            _LOG.warning("warning: %s; it is left out", error)
             continue
         if op in owners:
             raise PluginError(
