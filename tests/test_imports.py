@@ -28,7 +28,7 @@ FOUNDATION = (
     "errors", "tensor_cache", "spec", "program", "call", "propagate", "printer", "transform",
 )  # fmt: skip
 """Each imports only those before it."""
-DRIVERS = ("pipeline", "instruments", "bisect", "reproducer", "presets", "cli")
+DRIVERS = ("pipeline", "instruments", "bisect", "reproducer", "presets", "cli", "__main__")
 """They drive passes; the rest of the core, analyses and lowering included, never imports one."""
 HARD_DEPENDENCIES = frozenset({"numpy", "rich", "safetensors", "scipy", "torch"})
 STANDARD = frozenset(sys.stdlib_module_names)
@@ -254,27 +254,27 @@ def test_every_source_folder_is_read(tree: list[Import]) -> None:
 
 
 def test_the_foundation_imports_only_what_stands_below(tree: list[Import]) -> None:
-    assert foundation_out_of_order(tree) == []
+    assert told(foundation_out_of_order(tree)) == []
 
 
 def test_only_drivers_import_the_pipeline(tree: list[Import]) -> None:
-    assert pipeline_seen_from_below(tree) == []
+    assert told(pipeline_seen_from_below(tree)) == []
 
 
 def test_the_core_never_imports_a_pass_backend_or_kernel(tree: list[Import]) -> None:
-    assert core_reaching_down(tree) == []
+    assert told(core_reaching_down(tree)) == []
 
 
 def test_passes_and_backends_never_import_one_another(tree: list[Import]) -> None:
-    assert passes_and_backends_crossing(tree, registered(ROOT)) == []
+    assert told(passes_and_backends_crossing(tree, registered(ROOT))) == []
 
 
 def test_kernels_import_errors_and_torch_only(tree: list[Import]) -> None:
-    assert kernels_reaching_out(tree) == []
+    assert told(kernels_reaching_out(tree)) == []
 
 
 def test_optional_packages_are_imported_inside_functions(tree: list[Import]) -> None:
-    assert optional_at_module_level(tree) == []
+    assert told(optional_at_module_level(tree)) == []
 
 
 def test_no_module_imports_itself_in_a_circle(tree: list[Import]) -> None:
@@ -283,7 +283,7 @@ def test_no_module_imports_itself_in_a_circle(tree: list[Import]) -> None:
 
 def test_the_command_line_starts_without_third_party_packages(tree: list[Import]) -> None:
     assert "pruna_ir.cli.main" in sources(ROOT)
-    assert heavy_for_help(tree) == []
+    assert told(heavy_for_help(tree)) == []
 
 
 def test_importing_the_command_line_imports_no_torch() -> None:
