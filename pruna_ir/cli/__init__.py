@@ -1,0 +1,1 @@
+"""The command line, ``pruna-opt``: one module a subcommand, imported when it is asked for."""
