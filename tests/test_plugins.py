@@ -194,24 +194,24 @@ def test_the_operator_s_rule_lets_channels_through_it_be_pruned(
 
 
 OPERATOR = """
-import doctest, torch
+import torch
 import acme_pruna.swish as m
 from pruna_ir.registry import kernels
-x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-beta = torch.randn(4, 1, 1, dtype=torch.float64, requires_grad=True)
-images = torch.randn(2, 4, 3, 5, dtype=torch.float64, requires_grad=True)
-for arguments in ((x, torch.randn(4, dtype=torch.float64, requires_grad=True)), (images, beta)):
-    torch.library.opcheck(m.swish, arguments)
-    assert torch.autograd.gradcheck(m.swish, arguments)
-    torch.testing.assert_close(m.swish(*arguments), m.swish_reference(*arguments))
+
+arguments = (
+    torch.randn(2, 3, 1, 5, dtype=torch.float64, requires_grad=True),
+    torch.randn(3, 1, 1, dtype=torch.float64, requires_grad=True),
+)
+torch.library.opcheck(m.swish, arguments)
+assert torch.autograd.gradcheck(m.swish, arguments)
+torch.testing.assert_close(m.swish(*arguments), m.swish_reference(*arguments))
+assert m.swish(torch.tensor([0.0, 2.0]), torch.tensor(0.0)).tolist() == [0.0, 1.0]
 assert kernels()[torch.ops.acme.swish.default] is m.KERNEL
-print(doctest.testmod(m))
 """
 
 
 def test_the_operator_is_sound(environment: Environment, tmp_path: Path) -> None:
-    ran = run(environment.scripts / "python", "-c", OPERATOR, cwd=tmp_path)
-    assert ran.stdout.strip() == "TestResults(failed=0, attempted=1)"
+    run(environment.scripts / "python", "-c", OPERATOR, cwd=tmp_path)
 
 
 # -- plugins that cannot be used ---------------------------------------------------------------

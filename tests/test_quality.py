@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.library import CustomOpDef
 
 from tests.wheels import FOLDERS, ROOT
 
@@ -18,7 +19,7 @@ CONFIG = ROOT / "pyproject.toml"
 MODULES = sorted(
     ".".join(file.relative_to(ROOT).with_suffix("").parts)
     for file in (ROOT / "pruna_ir").rglob("*.py")
-    if file.name != "__init__.py" and file.relative_to(ROOT).parts[1] not in FOLDERS
+    if not file.name.startswith("__") and file.relative_to(ROOT).parts[1] not in FOLDERS
 ) + sorted(
     f"pruna_ir.{'.'.join(file.relative_to(ROOT).with_suffix('').parts)}"
     for folder in FOLDERS
@@ -99,10 +100,23 @@ def failures(module: types.ModuleType) -> str:
     """What the doctests of a module report; empty where all hold."""
     report: list[str] = []
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
-    for test in doctest.DocTestFinder(exclude_empty=True).find(module):
+    for test in examples(module):
         torch.manual_seed(0)
         runner.run(test, out=report.append)
     return "".join(report)
+
+
+def examples(module: types.ModuleType) -> list[doctest.DocTest]:
+    """The doctests of a module, those of its operators included, which doctest passes over."""
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    functions = [op._init_fn for op in vars(module).values() if isinstance(op, CustomOpDef)]
+    found = [t for f in functions for t in finder.find(f, f.__name__, globs=vars(module).copy())]
+    return finder.find(module) + found
+
+
+def test_the_doctests_of_operators_are_found() -> None:
+    found = examples(importlib.import_module("pruna_ir.kernels.fake_quant"))
+    assert [test.name for test in found if test.examples] == ["fake_quant"]
 
 
 def test_every_source_folder_has_modules() -> None:
@@ -111,7 +125,8 @@ def test_every_source_folder_has_modules() -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_doctests(name: str) -> None:
-    assert failures(importlib.import_module(name)) == ""
+    report = failures(importlib.import_module(name))
+    assert not report, report
 
 
 def test_a_planted_doctest_is_found() -> None:
