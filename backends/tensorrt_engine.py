@@ -186,8 +186,8 @@ def _set_profile(
         raise LoweringError(f"TensorRT refuses the optimisation profile {dict(profile)}")
 
 
-def refused_nodes(model: Any, package: str) -> dict[str, str]:
-    """The names of ONNX nodes that TensorRT's parser refuses, with its reason.
+def refused_nodes(model: Any, package: str) -> list[tuple[Any, str]]:
+    """The ONNX nodes that TensorRT's parser refuses, each with its reason.
 
     Args:
         model: an ``onnx.ModelProto``.
@@ -196,30 +196,30 @@ def refused_nodes(model: Any, package: str) -> dict[str, str]:
     trt, log = vendor(package), BuildLog()
     logger = log.logger(trt)
     builder = trt.Builder(logger)
-    flag = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    network = builder.create_network(flag)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if parser.supports_model_v2(model.SerializeToString()):
-        return {}
+        return []
+    nodes = model.graph.node
     found = {
-        node.name: f"TensorRT has no {node.op_type}"
-        for node in model.graph.node
+        index: f"TensorRT has no {node.op_type}"
+        for index, node in enumerate(nodes)
         if not parser.supports_operator(node.op_type)
     }
     for error in (parser.get_error(i) for i in range(parser.num_errors)):
-        node = model.graph.node[error.node()]
-        found.setdefault(node.name, f"TensorRT refuses this {node.op_type}: {error.desc()}")
-    return found or _outside_subgraphs(parser, model)
+        found.setdefault(error.node(), f"TensorRT refuses it: {error.desc()}")
+    found = found or dict.fromkeys(_outside_subgraphs(parser), "TensorRT refuses it")
+    return [(nodes[index], found[index]) for index in sorted(found)]
 
 
-def _outside_subgraphs(parser: Any, model: Any) -> dict[str, str]:
-    """The nodes that the parser leaves out of what it supports."""
-    return {
-        model.graph.node[index].name: f"TensorRT refuses this {model.graph.node[index].op_type}"
+def _outside_subgraphs(parser: Any) -> list[int]:
+    """The indices of the nodes that the parser leaves out of what it supports."""
+    return [
+        index
         for i in range(parser.num_subgraphs)
         if not parser.is_subgraph_supported(i)
         for index in parser.get_subgraph_nodes(i)
-    }
+    ]
 
 
 def _kind(layer_type: str, name: str) -> str:
@@ -231,7 +231,10 @@ def _kind(layer_type: str, name: str) -> str:
 
 
 def layer_rows(lines: Iterable[str]) -> Iterable[KernelRow]:
-    """The engine's layers from the lines of a build log, in order."""
+    """The engine's layers from the lines of a build log, in order.
+
+    Layers without operands (waits between streams) are left out.
+    """
     for line in lines:
         found = _LAYER.match(line)
         if found is None or found["type"] == "shape_call":
@@ -244,4 +247,5 @@ def layer_rows(lines: Iterable[str]) -> Iterable[KernelRow]:
             kind = "linear"
         operands = inputs if kind in ("conv", "linear", "matmul") else outputs
         types = [_TYPES.get(name, name.lower()) for _, name in operands]
-        yield KernelRow(found["name"], kind, types[0] if types else "", found["tactic"])
+        if types:
+            yield KernelRow(found["name"], kind, types[0], found["tactic"])

@@ -65,8 +65,7 @@ class OnnxRunner:
         """
         check_inputs(self._description, inputs)
         names = [spec["name"] for spec in self._description["inputs"]]
-        wanted = [spec["name"] for spec in self._description["outputs"]]
-        results: list[Array] = self._session.run(wanted, dict(zip(names, inputs, strict=True)))
+        results: list[Array] = self._session.run(None, dict(zip(names, inputs, strict=True)))
         return results
 
     def audit(self) -> list[KernelRow]:
@@ -108,8 +107,8 @@ class EngineRunner:
             for spec, array in zip(self._description["inputs"], inputs, strict=True):
                 tensor = torch.from_numpy(np.ascontiguousarray(array)).cuda()
                 held.append(tensor)
-                self._context.set_input_shape(spec["name"], tuple(tensor.shape))
-                self._context.set_tensor_address(spec["name"], tensor.data_ptr())
+                self._context.set_input_shape(spec["tensor"], tuple(tensor.shape))
+                self._context.set_tensor_address(spec["tensor"], tensor.data_ptr())
             outputs = [self._output(spec) for spec in self._description["outputs"]]
             if not self._context.execute_async_v3(self._stream.cuda_stream):
                 raise LoweringError(f"the engine failed on the device: {self._log.cause()}")
@@ -117,9 +116,9 @@ class EngineRunner:
         return [np.asarray(tensor.cpu().numpy()) for tensor in outputs]
 
     def _output(self, spec: Mapping[str, Any]) -> torch.Tensor:
-        shape = tuple(self._context.get_tensor_shape(spec["name"]))
+        shape = tuple(self._context.get_tensor_shape(spec["tensor"]))
         tensor = torch.empty(shape, dtype=getattr(torch, spec["dtype"]), device="cuda")
-        self._context.set_tensor_address(spec["name"], tensor.data_ptr())
+        self._context.set_tensor_address(spec["tensor"], tensor.data_ptr())
         return tensor
 
     def audit(self) -> list[KernelRow]:

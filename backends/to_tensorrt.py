@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import fx
 
 from pruna_ir.backends.tensorrt_engine import (
     DEFAULT_CAPABILITY,
@@ -36,7 +37,7 @@ from pruna_ir.backends.tensorrt_engine import (
 from pruna_ir.backends.tensorrt_runner import EngineRunner, OnnxRunner
 from pruna_ir.errors import LoweringError, ToolchainError
 from pruna_ir.lowering import Availability, KernelRow, LoadOptions, Lowered, Offender
-from pruna_ir.onnx_export import OPSET, export_onnx, onnx_unsupported
+from pruna_ir.onnx_export import OPSET, export_onnx, module_scopes, onnx_unsupported
 from pruna_ir.program import Program, TensorSpec
 from pruna_ir.quantization import S8_SYMMETRIC, QuantScheme
 from pruna_ir.transform import API_VERSION, Context
@@ -94,8 +95,8 @@ class ToTensorrt:
             return offenders
         nodes = {node.name: node for node in program.graph.nodes}
         return [
-            _offender(name, reason, nodes)
-            for name, reason in refused_nodes(export_onnx(program), chosen_package()).items()
+            _offender(node, reason, nodes)
+            for node, reason in refused_nodes(export_onnx(program), chosen_package())
         ]
 
     def lower(self, program: Program, folder: Path, context: Context) -> Lowered:
@@ -108,7 +109,8 @@ class ToTensorrt:
         """
         package = chosen_package()
         context.progress("tensorrt: export", 0, 2)
-        model = shape_for_tensorrt(export_onnx(program))
+        exported = export_onnx(program)
+        model = shape_for_tensorrt(exported)
         (folder / MODEL).write_bytes(model)
         context.progress("tensorrt: build engine", 1, 2)
         ranges = {name: _range(program, name) for name in program.dims}
@@ -125,7 +127,8 @@ class ToTensorrt:
             "opset": OPSET,
             "profile": {name: [r.least, r.best, r.most] for name, r in ranges.items()},
         }
-        _write(folder / DESCRIPTION, _description(program, folder, facts))
+        tensors = [value.name for value in exported.graph.output]
+        _write(folder / DESCRIPTION, _description(program, tensors, folder, facts))
         context.progress("tensorrt: build engine", 2, 2)
         return Lowered(
             main=ENGINE,
@@ -200,10 +203,13 @@ def _bypass(graph: Any, node: Any) -> None:
     node.outputs.clear()
 
 
-def _offender(name: str, reason: str, nodes: Mapping[str, Any]) -> Offender:
-    """The offender behind an ONNX node, which bears the name of the program's where it can."""
-    node = nodes.get(name.removeprefix("node_"))
-    return Offender(name, "", reason, "", "") if node is None else Offender.of(node, reason)
+def _offender(node: Any, reason: str, nodes: Mapping[str, fx.Node]) -> Offender:
+    """The offender behind an ONNX node: the program's node, or at least the model's module."""
+    path, name = ["", *(module_scopes(node) or [node.name])][-2:]
+    origin = nodes.get(name)
+    if origin is None:
+        return Offender(name, f"onnx.{node.op_type}", reason, "", path)
+    return Offender.of(origin, f"onnx.{node.op_type}: {reason}")
 
 
 def _device_capability() -> str:
@@ -258,20 +264,18 @@ def _versions(package: str) -> dict[str, str]:
     return {name: version(name) for name in names}
 
 
-def _description(program: Program, folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    def names(specs: Sequence[TensorSpec]) -> list[dict[str, Any]]:
-        return [
-            {
-                "name": s.name,
-                "dtype": str(s.dtype).removeprefix("torch."),
-                "shape": list(s.shape),
-            }
-            for s in specs
-        ]
+def _description(
+    program: Program, outputs: Sequence[str], folder: Path, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What ``engine.json`` holds; ``tensor`` is a value's name inside the engine."""
+
+    def described(spec: TensorSpec, tensor: str) -> dict[str, Any]:
+        dtype = str(spec.dtype).removeprefix("torch.")
+        return {"name": spec.name, "tensor": tensor, "dtype": dtype, "shape": list(spec.shape)}
 
     return {
-        "inputs": names(program.inputs),
-        "outputs": names(program.outputs),
+        "inputs": [described(spec, spec.name) for spec in program.inputs],
+        "outputs": [described(s, t) for s, t in zip(program.outputs, outputs, strict=True)],
         "facts": dict(facts),
         "sha256": {name: _digest(folder / name) for name in (MODEL, ENGINE, LAYERS)},
     }

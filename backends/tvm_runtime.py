@@ -148,7 +148,7 @@ def _describe(folder: Path) -> dict[str, Any]:
         description: dict[str, Any] = json.loads((folder / MODEL).read_text(encoding="utf-8"))
         expected = dict(description["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LoweringError(f"{folder} holds no whole TVM artifact: {error}") from error
+        raise LoweringError(f"{folder / MODEL} is missing or damaged: {error}") from error
     for name, digest in expected.items():
         file = folder / name
         if not file.is_file() or file_digest(file) != digest:

@@ -22,6 +22,7 @@ protobuf's 2 GiB.
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ _BYTE_RANGES = {np.dtype(np.int8): (-128, 127), np.dtype(np.uint8): (0, 255)}
 
 def export_onnx(program: Program, *, opset: int = OPSET, int8_weights: bool = True) -> Any:
     """The program as a checked ``onnx.ModelProto`` with the program's input and output names.
+
+    ONNX forbids an output with the name of an input: it gets ``_output`` behind its name.
 
     Args:
         program: float32 or with ``fake_quant`` operators in it.
@@ -100,6 +103,15 @@ def onnx_unsupported(program: Program) -> list[Offender]:
     return offenders
 
 
+def module_scopes(node: Any) -> list[str]:
+    """Where an ONNX node of ours comes from: module paths, and the name of the torch node last.
+
+    Empty for a node that the export itself added.
+    """
+    noted = [entry.value for entry in node.metadata_props if entry.key == _SCOPES]
+    return [str(scope) for scope in ast.literal_eval(noted[0])] if noted else []
+
+
 # -- translation ---------------------------------------------------------------------------------
 
 
@@ -126,13 +138,13 @@ def _translate(program: Program, opset: int) -> Any:
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of the error and of the innermost error that led to it."""
-    first = str(error).strip().splitlines()[:1]
-    inner: BaseException = error
-    while inner.__cause__ is not None:
-        inner = inner.__cause__
-    own = str(inner).strip().splitlines()[:1] if inner is not error else []
-    return ": ".join([*first, *own]) or type(error).__name__
+    """The first line of the innermost error, ahead of it the node that was being translated."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    lines = [(str(link).strip().splitlines() or [type(link).__name__])[0] for link in chain]
+    nodes = [line.partition(". See")[0] for line in lines if "translating node" in line]
+    return ": ".join(dict.fromkeys([*nodes[:1], lines[-1]]))
 
 
 def _fake_quant_translation() -> Any:
@@ -431,11 +443,10 @@ def _rename(model: Any, program: Program) -> None:
     graph = model.graph
     _own_outputs(graph)
     symbols = _symbols(graph.input, program.inputs)
-    wanted = {
-        value.name: spec.name
-        for values, specs in ((graph.input, program.inputs), (graph.output, program.outputs))
-        for value, spec in zip(values, specs, strict=True)
-    }
+    given = {spec.name for spec in program.inputs}
+    wanted = {v.name: s.name for v, s in zip(graph.input, program.inputs, strict=True)}
+    for value, spec in zip(graph.output, program.outputs, strict=True):
+        wanted[value.name] = f"{spec.name}_output" if spec.name in given else spec.name
     names = _without_clashes(graph, wanted)
     for node in graph.node:
         for values in (node.input, node.output):

@@ -1,0 +1,259 @@
+"""The tvm backend: shared libraries that compute what the program does, and load without torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pruna_ir.backends.to_tvm import ToTvm
+from pruna_ir.backends.tvm_runtime import MODEL, PARAMETERS, load_tvm, processor_features
+from pruna_ir.capture import capture
+from pruna_ir.errors import LoweringError, ToolchainError, UnsupportedError, UsageError
+from pruna_ir.kernels.fake_quant import fake_quant
+from pruna_ir.lowering import LoadOptions, Lowered
+from pruna_ir.program import Program
+from pruna_ir.transform import Context
+from tests.backends.backend_models import Block, SmallCnn, inputs, program
+
+BACKEND = ToTvm()
+
+
+def lowered(made: Program, folder: Path) -> Lowered:
+    return BACKEND.lower(made, folder, Context())
+
+
+def largest_difference(made: Program, folder: Path, *values: torch.Tensor) -> float:
+    runner = BACKEND.load(folder, LoadOptions(threads=2))
+    with torch.no_grad():
+        expected = [tensor.numpy() for tensor in made(*values)]
+    actual = runner.run([value.numpy() for value in values])
+    assert [a.shape for a in actual] == [e.shape for e in expected]
+    assert [a.dtype for a in actual] == [e.dtype for e in expected]
+    return max(float(np.abs(a - e).max()) for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", [SmallCnn, Block])
+@pytest.mark.parametrize("int8", [False, True])
+def test_computes_what_the_program_does_for_every_batch(
+    kind: type[torch.nn.Module], int8: bool, tmp_path: Path
+) -> None:
+    made = program(kind, int8=int8)
+    lowered(made, tmp_path)
+    for batch in (1, 3):
+        assert largest_difference(made, tmp_path, inputs(kind, batch)) < 2e-6
+
+
+def test_another_programs_artifact_is_told_apart(tmp_path: Path) -> None:
+    lowered(program(SmallCnn, seed=1), tmp_path)
+    other = program(SmallCnn, seed=2)
+    assert largest_difference(other, tmp_path, inputs(SmallCnn, 3)) > 1e-2
+
+
+def test_quantised_weights_are_stored_as_int8_and_audited_as_float32(tmp_path: Path) -> None:
+    """TVM's operators multiply floats between dequantize and quantize: the audit must say so."""
+    made = program(SmallCnn, int8=True)
+    lowered(made, tmp_path)
+    with np.load(tmp_path / PARAMETERS) as stored:
+        arrays = [stored[name] for name in stored]
+    weights = [array for array in arrays if array.ndim >= 2 and array.size > 18]
+    assert {array.dtype for array in weights} == {np.dtype(np.int8)}
+    runner = BACKEND.load(tmp_path, LoadOptions())
+    products = [row for row in runner.audit() if row.kind in ("conv", "linear")]
+    assert [(row.kind, row.precision) for row in products] == [
+        ("conv", "float32"),
+        ("conv", "float32"),
+        ("conv", "float32"),
+        ("linear", "float32"),
+    ]
+
+
+class Grids(torch.nn.Module):
+    """An unsigned, a narrow and a per-channel activation grid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(0.25))
+        self.register_buffer("zero", torch.tensor(3, dtype=torch.int32))
+        self.register_buffer("scales", torch.tensor([0.5, 0.125, 1.0]))
+        self.register_buffer("zeros", torch.tensor([0, 1, -2], dtype=torch.int32))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (
+            fake_quant(x, self.scale, self.zero, None, 0, 255),
+            fake_quant(x, self.scale, self.zero, None, -8, 7),
+            fake_quant(x, self.scales, self.zeros, 1, -128, 127),
+            fake_quant(x, self.scales, self.zeros, -2, -8, 7),
+        )
+
+
+def test_every_grid_rounds_as_the_operator_does(tmp_path: Path) -> None:
+    """Multiples of a sixteenth hit the ties of every grid."""
+    made = capture(Grids(), (torch.zeros(2, 3, 5),))
+    lowered(made, tmp_path)
+    x = torch.arange(-600, 600).reshape(80, 3, 5) / 16
+    assert largest_difference(made, tmp_path, x) == 0.0
+
+
+class Several(torch.nn.Module):
+    """Two inputs of different types and two outputs, one of them an integer."""
+
+    def forward(self, x: torch.Tensor, index: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"picked": x.gather(1, index), "best": x.argmax(1)}
+
+
+def test_several_inputs_and_outputs_keep_order_and_type(tmp_path: Path) -> None:
+    index = torch.tensor([[0, 2], [1, 1]])
+    made = capture(Several(), (torch.randn(2, 3), index))
+    lowered(made, tmp_path)
+    x = torch.randn(4, 3)
+    assert largest_difference(made, tmp_path, x, index.repeat(2, 1)) == 0.0
+
+
+WITHOUT_TORCH = """
+import sys
+
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "torchvision"):
+            raise ImportError(f"{name} is not to be imported")
+
+sys.meta_path.insert(0, NoTorch())
+from pathlib import Path
+import numpy as np
+from pruna_ir.backends.tvm_runtime import load_tvm
+
+folder, given, result = map(Path, sys.argv[1:])
+(output,) = load_tvm(folder).run([np.load(given)])
+np.save(result, output)
+assert "torch" not in sys.modules
+"""
+
+
+def test_an_artifact_runs_without_torch(tmp_path: Path) -> None:
+    made = program(SmallCnn, int8=True)
+    artifact = tmp_path / "artifact"
+    artifact.mkdir()
+    lowered(made, artifact)
+    x = inputs(SmallCnn, 3)
+    np.save(tmp_path / "x.npy", x.numpy())
+    paths = [str(artifact), str(tmp_path / "x.npy"), str(tmp_path / "y.npy")]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *paths],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = made(x)[0].numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, rtol=0, atol=2e-6)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("linear")
+    lowered(capture(torch.nn.Linear(3, 2), (torch.zeros(2, 3),)), folder)
+    return folder
+
+
+def copy(folder: Path, to: Path) -> Path:
+    for file in folder.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    return to
+
+
+@pytest.mark.parametrize("name", ["model.so", "parameters.npz", "model.json", "kernels.json"])
+def test_a_truncated_file_is_refused(name: str, small: Path, tmp_path: Path) -> None:
+    file = copy(small, tmp_path) / name
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(LoweringError, match=name):
+        BACKEND.load(tmp_path, LoadOptions())
+
+
+def test_a_missing_file_is_refused(small: Path, tmp_path: Path) -> None:
+    (copy(small, tmp_path) / "model.so").unlink()
+    with pytest.raises(LoweringError, match=r"model\.so is missing"):
+        BACKEND.load(tmp_path, LoadOptions())
+
+
+def test_wrong_inputs_are_refused(small: Path) -> None:
+    runner = BACKEND.load(small, LoadOptions())
+    with pytest.raises(UsageError, match=r"input input is float64\[2, 3\], but .* float32"):
+        runner.run([np.zeros((2, 3))])
+    with pytest.raises(UsageError, match="dimension 1 must be 3"):
+        runner.run([np.zeros((2, 4), np.float32)])
+    with pytest.raises(UsageError, match="takes 1 inputs"):
+        runner.run([])
+
+
+def test_a_processor_without_the_instructions_is_told(small: Path, tmp_path: Path) -> None:
+    description = copy(small, tmp_path) / MODEL
+    content = json.loads(description.read_text())
+    content["processor"] = [*content["processor"], "avx1024f"]
+    description.write_text(json.dumps(content))
+    with pytest.raises(ToolchainError, match="lacks avx1024f"):
+        load_tvm(tmp_path)
+
+
+def test_processor_features_are_read_from_the_system(tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text("processor\t: 0\nflags\t\t: fpu avx2 avx512f pae fma\n\nflags : other\n")
+    assert processor_features(file) == ["avx2", "avx512f", "fma"]
+    assert processor_features(tmp_path / "absent") == []
+
+
+def test_a_missing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert BACKEND.availability().build == ""
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    availability = BACKEND.availability()
+    assert "needs a C++ compiler" in availability.build
+    assert "apt-get install g++" in availability.build
+    assert availability.execute == ""
+    with pytest.raises(ToolchainError, match=r"needs a C\+\+ compiler"):
+        lowered(program(SmallCnn), tmp_path)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "CXX or CC names (no-such-compiler)" in BACKEND.availability().build
+
+
+class Determinants(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.det(x) + torch.linalg.det(x.transpose(1, 2)).relu()
+
+
+def test_names_every_node_that_tvm_cannot_translate(tmp_path: Path) -> None:
+    made = capture(Determinants(), (torch.randn(2, 3, 3),))
+    offenders = BACKEND.unsupported(made)
+    assert [offender.operator for offender in offenders] == ["aten._linalg_det.default"] * 2
+    assert all("test_to_tvm.py" in offender.source for offender in offenders)
+    with pytest.raises(UnsupportedError, match=r"(?s)_linalg_det.*_linalg_det"):
+        lowered(made, tmp_path)
+    assert BACKEND.unsupported(program(Block, int8=True)) == []
+
+
+def test_refuses_a_computed_scale(tmp_path: Path) -> None:
+    class Dynamic(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            zero = torch.zeros((), dtype=torch.int32)
+            return fake_quant(x, x.abs().sum() / 127, zero, None, -128, 127)
+
+    with pytest.raises(LoweringError, match="computed scale or zero point"):
+        lowered(capture(Dynamic(), (torch.ones(2, 3),)), tmp_path)
+
+
+def test_resnet18(tmp_path: Path) -> None:
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 64, 64)
+    made = capture(torchvision.models.resnet18().eval(), (x,))
+    facts = lowered(made, tmp_path).facts
+    assert facts["schedules"] == "tvm-default"
+    assert largest_difference(made, tmp_path, x[:1]) < 2e-5
