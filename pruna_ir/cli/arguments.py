@@ -38,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-_Commands = argparse._SubParsersAction  # noqa: SLF001
+_Commands = argparse._SubParsersAction
 
 
 def _command(
@@ -73,7 +73,7 @@ def _pipeline(command: argparse.ArgumentParser) -> None:
     one.add_argument("--preset", help="a named pipeline; see pruna-opt list presets")
     group.add_argument("--data", type=Path, metavar="FILE.npz",
                        help="calibration data: one array per input, by name")  # fmt: skip
-    group.add_argument("--batch-size", type=_positive, default=32, help="of data; default 32")
+    group.add_argument("--batch-size", type=_positive, default=8, help="of data; default 8")
 
 
 def _positive(text: str) -> int:
@@ -124,10 +124,10 @@ def _verify(commands: _Commands[argparse.ArgumentParser]) -> argparse.ArgumentPa
     command.add_argument("artifact", type=Path, help="the folder of an artifact")
     command.add_argument("reference", type=Path, help="a .pt2 file, or an artifact's folder")
     command.add_argument("--data", type=Path, metavar="FILE.npz", help="inputs to compare on")
-    command.add_argument("--batch-size", type=_positive, default=32, help="of data; default 32")
+    command.add_argument("--batch-size", type=_positive, default=8, help="of data; default 8")
     command.add_argument("--seed", type=int, default=0, help="of the inputs")
     command.add_argument("--require-verified", action="store_true",
-                         help="exit with 8 where the artifact cannot be executed here")  # fmt: skip
+                         help="exit with 8 where an artifact cannot be executed here")  # fmt: skip
     return command
 
 
