@@ -130,11 +130,16 @@ def _run(node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
             return env[node.args[0]][args[1]]  # type: ignore[index]
         return node.target(*args, **kwargs)  # type: ignore[operator]
     operands = [env[n] for n in node.all_input_nodes]
-    if not any(_is_dead(operand) for operand in operands):
+    if not _yields_tensors(node) or not any(_is_dead(operand) for operand in operands):
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _plain(env[n]))
         return _wrap(node.target(*_lifted(args), **_lifted(kwargs)))
     bound = fx.map_arg(bind_arguments(node), lambda n: env[n])
     return _rule(node)(Operands(node, _lifted(bound)))
+
+
+def _yields_tensors(node: fx.Node) -> bool:
+    """False for ``sym_size`` and its like, which read the full sizes."""
+    return isinstance(node.meta.get("val"), (Tensor, tuple, list))
 
 
 def _is_dead(operand: Any) -> bool:

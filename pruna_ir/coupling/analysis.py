@@ -175,6 +175,7 @@ def _value(
         return None
     meta = node.meta.get("val")
     if not isinstance(meta, (torch.Tensor, tuple, list)):
+        _freeze_read_sizes(node, values, links)
         return None
     if node.op == "placeholder":
         return Value.untracked(meta.shape) if isinstance(meta, torch.Tensor) else None
@@ -203,6 +204,18 @@ def _freeze_outputs(program: Program, values: Mapping[fx.Node, Result], links: L
             )
             for block in value.blocks:
                 links.freeze(block.ids, reason)
+
+
+def _freeze_read_sizes(node: fx.Node, values: dict[fx.Node, Result], links: Links) -> None:
+    """A size that the graph reads must stay what it is."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return
+    site = Site.of(node, values, links)
+    for value in site.operands():
+        dims = [site.axis("dim", len(value.dims))] if "dim" in site.arguments else range(
+            len(value.dims)
+        )
+        site.because("reads their number").whole_dims(value, dims)
 
 
 def _called(node: fx.Node, values: dict[fx.Node, Result], links: Links) -> Result:
