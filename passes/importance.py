@@ -19,50 +19,51 @@ looked at (fold it first to include it).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from pruna_ir.coupling import Group, Member
 from pruna_ir.program import Program
 
-Criterion = Callable[[torch.Tensor], torch.Tensor]
-"""Maps [units, entries] in float64 to one score a unit, [units]."""
+CRITERIA: dict[str, float] = {"l1": 1.0, "l2": 2.0}
+"""Criterion to the order p of its norm."""
 
 
-def l1(entries: torch.Tensor) -> torch.Tensor:
-    """The sum of magnitudes of each row.
-
-    >>> l1(torch.tensor([[3.0, -4.0], [0.0, 1.0]]))
-    tensor([7., 1.])
-    """
-    return entries.abs().sum(1)
-
-
-def l2(entries: torch.Tensor) -> torch.Tensor:
-    """The Euclidean norm of each row.
-
-    >>> l2(torch.tensor([[3.0, -4.0], [0.0, 1.0]]))
-    tensor([5., 1.])
-    """
-    return torch.linalg.vector_norm(entries, dim=1)
-
-
-CRITERIA: dict[str, Criterion] = {"l1": l1, "l2": l2}
-
-
-def importance(program: Program, group: Group, criterion: Criterion) -> torch.Tensor:
+def importance(program: Program, group: Group, order: float) -> torch.Tensor:
     """One score a unit of the group, [units] in float64; larger matters more.
 
+    Args:
+        program: the program that the group belongs to.
+        group: a group of its coupling.
+        order: the p of the norm.
+
     Weights (two or more dimensions) count; where the channels are produced by none, everything
-    that produces or carries them does.
+    that carries them does.
     """
     scores = []
     for member in _scored(program, group):
-        score = criterion(entries(program, member))
+        score = norms(program.tensor(member.tensor), member, order)
         mean = score.mean()
         scores.append(score / mean if mean > 0 else torch.ones_like(score))
     return torch.stack(scores).mean(0)
+
+
+def norms(tensor: torch.Tensor, member: Member, order: float) -> torch.Tensor:
+    """The p-norm of a tensor's entries that belong to each unit, [units] in float64.
+
+    >>> import numpy as np
+    >>> halves = Member("weight", 0, np.array([[0, 1], [2, 3]]), produced=True)
+    >>> norms(torch.tensor([[3.0], [-4.0], [0.0], [1.0]]), halves, 2.0)
+    tensor([5., 1.], dtype=torch.float64)
+    """
+    others = [dim for dim in range(tensor.dim()) if dim != member.dim]
+    entries = tensor.detach()
+    each = (
+        torch.linalg.vector_norm(entries, order, others, dtype=torch.float64)
+        if others
+        else entries.double().abs()
+    )
+    index = torch.from_numpy(member.indices).to(each.device)
+    return torch.linalg.vector_norm(each[index], order, 1).cpu()
 
 
 def _scored(program: Program, group: Group) -> list[Member]:
@@ -77,11 +78,3 @@ def _once(program: Program, members: list[Member]) -> list[Member]:
     for member in members:
         seen.setdefault((program.tensor(member.tensor).data_ptr(), member.dim), member)
     return list(seen.values())
-
-
-def entries(program: Program, member: Member) -> torch.Tensor:
-    """The entries of a tensor that belong to each unit, [units, entries] in float64."""
-    tensor = program.tensor(member.tensor).detach().to(torch.float64)
-    rows = tensor.movedim(member.dim, 0).flatten(1) if tensor.dim() > 1 else tensor[:, None]
-    index = torch.from_numpy(member.indices).to(rows.device)
-    return rows[index.reshape(-1)].reshape(len(member.indices), -1)
