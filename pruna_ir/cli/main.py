@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 import traceback
@@ -31,8 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _execute(args: argparse.Namespace, out: Console) -> int:
-    if not args.debug:
-        _quiet()
+    with warnings.catch_warnings():
+        if not args.debug:
+            _quiet()
+        return _guarded(args, out)
+
+
+def _guarded(args: argparse.Namespace, out: Console) -> int:
     try:
         name = _MODULES.get(args.command, args.command)
         command = importlib.import_module(f"pruna_ir.cli.{name}")
@@ -80,9 +86,7 @@ def _traceback(error: Exception) -> str:
 
 def _quiet() -> None:
     """Keep the chatter of libraries off stderr; ``--debug`` lets it through."""
-    import logging
-
-    warnings.filterwarnings("ignore")
+    warnings.simplefilter("ignore")
     for name in ("torch", "torch.utils._pytree", "torch.onnx", "transformers", "torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
