@@ -7,9 +7,9 @@
 
     none, relu, relu6, hardtanh (activation_args = [min, max]), hardswish, silu
 
-The fast path for inference computes the epilogue in place in the convolution's own result. oneDNN's
-fused post-ops (``mkldnn::_convolution_pointwise``) were tried and left out: through torch, whose
-weights are not laid out for oneDNN beforehand, they gained nothing over the separate calls.
+The fast path for inference computes the epilogue in place in the convolution's own result.
+oneDNN's fused post-ops (``mkldnn::_convolution_pointwise``) were tried and left out: from torch,
+whose weights are not laid out for it beforehand, they gained nothing over separate calls.
 """
 
 from __future__ import annotations

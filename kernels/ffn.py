@@ -101,7 +101,7 @@ def ffn_reference(
 
 
 def _onednn_applies(*tensors: torch.Tensor) -> bool:
-    return torch.backends.mkldnn.is_available() and all(
+    return bool(torch._C._has_mkldnn) and all(
         t.dtype == torch.float32 and t.device.type == "cpu" and t.numel() > 0 for t in tensors
     )
 
@@ -154,9 +154,9 @@ def _check(
 def _(
     x: torch.Tensor,
     w1: torch.Tensor,
-    b1: torch.Tensor | None,
+    b1: torch.Tensor | None,  # noqa: ARG001
     w2: torch.Tensor,
-    b2: torch.Tensor | None,
+    b2: torch.Tensor | None,  # noqa: ARG001
     gate_weight: torch.Tensor | None,
     gate_bias: torch.Tensor | None,
     activation: str,
@@ -167,7 +167,7 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG001
     ctx.save_for_backward(*inputs[:7])
-    ctx.activation = inputs[7]
+    ctx.options = inputs[7:]
 
 
 def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -176,7 +176,7 @@ def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     wanted = [t for t, needed in zip(saved, ctx.needs_input_grad, strict=False) if needed]
     twice = torch.is_grad_enabled()
     with torch.enable_grad():
-        y = ffn_reference(*saved, ctx.activation)
+        y = ffn_reference(*saved, *ctx.options)
         found = iter(torch.autograd.grad(y, wanted, grad, create_graph=twice))
     return (*[next(found) if needed else None for needed in ctx.needs_input_grad[:7]], None)
 

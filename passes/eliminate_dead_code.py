@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from pruna_ir.transform import Effect, Pass, Rewrite, is_pure
 
 

@@ -2,10 +2,11 @@
 
     s = gamma / sqrt(var + eps);  W' = s W;  b' = (b - mean) s + beta
 
-Source: Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-
-Only Inference (2018), section 3.2. Covers convolutions and transposed convolutions in one to three
-dimensions, grouped and depthwise ones, linear layers, and batch norms without affine parameters.
-A batch norm in front of a convolution (DenseNet) stays: between the two stands a relu.
+Source: Jacob et al., Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference (2018), section 3.2. Covers convolutions and transposed
+convolutions in one to three dimensions, grouped and depthwise ones, linear layers, and batch norms
+without affine parameters. A batch norm in front of a convolution (DenseNet) stays: between the two
+stands a relu.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class FoldBatchNorm(Pass):
     Rewrite:
         c = conv2d(x, W, b); y = batch_norm(c, gamma, beta, mean, var, eps)
           -->
-        y = conv2d(x, W', b')    with s = gamma / sqrt(var + eps), W' = W s, b' = (b - mean) s + beta
+        y = conv2d(x, W', b')
+        with s = gamma / sqrt(var + eps), W' = W s, b' = (b - mean) s + beta
 
     Requires: eval mode with running statistics; constant weights; no other reader of c. A weight
     that other nodes read too (tied weights) keeps its value for them.

@@ -1,7 +1,7 @@
 """In-place operators rewritten as functional ones.
 
     y = relu_(x); z = add(x, 1)        -->   y = relu(x); z = add(y, 1)
-    v = slice(x, 1, 0, 4); fill_(v, 1) -->   v' = full_like(v, 1); x' = slice_scatter(x, v', 1, 0, 4)
+    v = slice(x, 1, 0, 4); fill_(v, 1) -->   f = full_like(v, 1); x' = slice_scatter(x, f, 1, 0, 4)
 
 The graph is walked in order. Every node that shares memory with another is tied to it as its
 view; a write to a node gives new values to all nodes of that memory: the written node's own,
@@ -206,9 +206,9 @@ def _may_view(target: torch._ops.OpOverload) -> bool:
         return False
     if any(argument.alias_info is not None for argument in target._schema.arguments):
         return True
-    return torch._C._dispatch_has_kernel_for_dispatch_key(
-        target.name(), "CompositeImplicitAutograd"
-    )
+    overload = target._schema.overload_name
+    name = f"{target._schema.name}.{overload}" if overload else target._schema.name
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
 
 
 def _storages(value: Any) -> set[int]:
@@ -290,7 +290,9 @@ def _written_by_self(rw: Rewrite, node: fx.Node) -> list[fx.Node]:
     written = _written_operands(node)
     first = arguments[0].alias_info
     own = len(written) == 1 and first is not None and first.is_write
-    reshapes = torch.Tag.inplace_view in node.target.tags and node.target is not aten.detach_.default
+    reshapes = (
+        torch.Tag.inplace_view in node.target.tags and node.target is not aten.detach_.default
+    )
     if not own or reshapes:
         what = "changes the shape of a tensor in place" if reshapes else "writes into its operands"
         raise rw.error(
@@ -404,7 +406,7 @@ def _narrowed(
 
 def _swapped(first: str, second: str) -> _Inverse:
     def inverse(
-        rw: Rewrite, bound: dict[str, Any], base: fx.Node, value: fx.Node, before: fx.Node
+        rw: Rewrite, bound: dict[str, Any], _base: fx.Node, value: fx.Node, before: fx.Node
     ) -> fx.Node:
         return rw.insert(
             aten.transpose.int,
@@ -425,7 +427,7 @@ def _transposed(
 
 
 def _permuted(
-    rw: Rewrite, bound: dict[str, Any], base: fx.Node, value: fx.Node, before: fx.Node
+    rw: Rewrite, bound: dict[str, Any], _base: fx.Node, value: fx.Node, before: fx.Node
 ) -> fx.Node:
     rank = len(bound["dims"])
     order = [d % rank for d in bound["dims"]]

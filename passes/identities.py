@@ -23,7 +23,7 @@ from pruna_ir.propagate import same_value
 aten = torch.ops.aten
 
 _Bound = dict[str, Any]
-_Rule = Callable[[fx.Node, _Bound], fx.Node | None]
+_Rule = Callable[[_Bound], fx.Node | None]
 
 
 def identity_source(node: fx.Node, *, training: bool) -> fx.Node | None:
@@ -35,7 +35,7 @@ def identity_source(node: fx.Node, *, training: bool) -> fx.Node | None:
     if training and node.target is aten.detach.default:
         return None
     rule = _RULES.get(node.target)
-    source = rule(node, bind_arguments(node)) if rule is not None else None
+    source = rule(bind_arguments(node)) if rule is not None else None
     if source is None or not _same_type(source, node):
         return None
     return source
@@ -55,57 +55,58 @@ def _dropout_item(node: fx.Node) -> fx.Node | None:
     return bound["input"] if index == 0 and bound["train"] is False else None
 
 
-def _operand(node: fx.Node, bound: _Bound) -> fx.Node | None:
+def _operand(bound: _Bound) -> fx.Node | None:
     """The first operand; `identity_source` compares the types."""
     first = next(iter(bound.values()))
     return first if isinstance(first, fx.Node) else None
 
 
-def _dropout(node: fx.Node, bound: _Bound) -> fx.Node | None:
+def _dropout(bound: _Bound) -> fx.Node | None:
     return bound["input"] if bound["train"] is False else None
 
 
-def _slice(node: fx.Node, bound: _Bound) -> fx.Node | None:
+def _slice(bound: _Bound) -> fx.Node | None:
     """A slice with step 1 that keeps the size keeps everything."""
     return bound["self"] if bound["step"] == 1 else None
 
 
-def _permute(node: fx.Node, bound: _Bound) -> fx.Node | None:
+def _permute(bound: _Bound) -> fx.Node | None:
     dims = [d % len(bound["dims"]) for d in bound["dims"]]
     return bound["self"] if dims == list(range(len(dims))) else None
 
 
-def _transpose(node: fx.Node, bound: _Bound) -> fx.Node | None:
+def _transpose(bound: _Bound) -> fx.Node | None:
     rank = max(len(bound["self"].meta["val"].shape), 1)
     return bound["self"] if bound["dim0"] % rank == bound["dim1"] % rank else None
 
 
-def _cat(node: fx.Node, bound: _Bound) -> fx.Node | None:
+def _cat(bound: _Bound) -> fx.Node | None:
     (first, *rest) = bound["tensors"]
     return first if not rest else None
 
 
-def _constant_pad(node: fx.Node, bound: _Bound) -> fx.Node | None:
+def _constant_pad(bound: _Bound) -> fx.Node | None:
     return bound["self"] if all(type(p) is int and p == 0 for p in bound["pad"]) else None
 
 
-def _repeat(node: fx.Node, bound: _Bound) -> fx.Node | None:
+def _repeat(bound: _Bound) -> fx.Node | None:
     return bound["self"] if all(type(r) is int and r == 1 for r in bound["repeats"]) else None
 
 
-def _times_one(node: fx.Node, bound: _Bound) -> fx.Node | None:
+def _times_one(bound: _Bound) -> fx.Node | None:
     return bound["self"] if _is_number(bound["other"], 1) else None
 
 
-def _minus_zero(node: fx.Node, bound: _Bound) -> fx.Node | None:
+def _minus_zero(bound: _Bound) -> fx.Node | None:
     """x - 0 = x for every float; x - (-0.0) is not, since -0.0 + 0.0 = 0.0."""
     other = bound["other"]
     exact = _is_number(other, 0) and not str(other).startswith("-") and bound["alpha"] == 1
     return bound["self"] if exact else None
 
 
-def _plus_zero(node: fx.Node, bound: _Bound) -> fx.Node | None:
-    floating = node.meta["val"].dtype.is_floating_point or node.meta["val"].dtype.is_complex
+def _plus_zero(bound: _Bound) -> fx.Node | None:
+    dtype = bound["self"].meta["val"].dtype
+    floating = dtype.is_floating_point or dtype.is_complex
     return bound["self"] if _is_number(bound["other"], 0) and not floating else None
 
 

@@ -107,11 +107,11 @@ def test_the_operands_keep_their_values():
 
 def test_uninitialised_memory_never_shows():
     torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(mode=True)
     try:
         y = conv_act(*draw(2, 7, 1, torch.float32), *options(2, 1, "relu"))
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(mode=False)
     assert not torch.isnan(y).any()
 
 

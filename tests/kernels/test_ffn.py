@@ -98,11 +98,11 @@ def test_registration_follows_torch_rules():
 
 def test_uninitialised_memory_never_shows():
     torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(mode=True)
     try:
         y = ffn(*draw([3], 5, 7, 4, gated=True, biased=False, dtype=torch.float32), "silu")
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(mode=False)
     assert not torch.isnan(y).any()
 
 
