@@ -1,0 +1,1 @@
+"""Backends: one file each, with the plain functions that they share."""
