@@ -63,7 +63,8 @@ def norms(tensor: torch.Tensor, member: Member, order: float) -> torch.Tensor:
         else entries.double().abs()
     )
     index = torch.from_numpy(member.indices).to(each.device)
-    return torch.linalg.vector_norm(each[index], order, 1).cpu()
+    units: torch.Tensor = torch.linalg.vector_norm(each[index], order, 1)
+    return units.cpu()
 
 
 def _scored(program: Program, group: Group) -> list[Member]:

@@ -28,7 +28,7 @@ from torch import fx
 
 from pruna_ir.coupling import Coupling, Group, couple, remove
 from pruna_ir.errors import UsageError
-from pruna_ir.masked_reference import masked_oracle
+from pruna_ir.masked_reference import MaskedOracle
 from pruna_ir.passes.importance import CRITERIA, importance
 from pruna_ir.registry import unknown
 from pruna_ir.transform import Effect, Pass, Rewrite
@@ -103,7 +103,7 @@ class PruneChannels(Pass):
             if count:
                 rw.applied(readers[_producer(group)], _what_went(group, count))
         remove(rw, coupling, plan)
-        rw.promise(masked_oracle(plan.removed))
+        rw.promise(MaskedOracle(plan.removed))
 
     def _prunable(
         self, rw: Rewrite, coupling: Coupling, readers: dict[str, fx.Node]
@@ -116,13 +116,13 @@ class PruneChannels(Pass):
             node = readers[_producer(group)]
             if not all(rw.in_scope(readers[m.tensor]) for m in group.members if m.produced):
                 continue
-            if why := self._why_not(group, readers):
+            if why := self._why_not(group):
                 rw.skip(node, f"the {len(group.units)} channels of {group.name} stay: {why}")
             else:
                 kept.append(group)
         return kept
 
-    def _why_not(self, group: Group, readers: dict[str, fx.Node]) -> str:
+    def _why_not(self, group: Group) -> str:
         if group.reason is not None:
             return str(group.reason)
         if len(group.units) == 1:
@@ -153,7 +153,8 @@ class PruneChannels(Pass):
         every = np.concatenate(scores)
         owner = np.repeat(np.arange(len(groups)), [len(score) for score in scores])
         weakest = np.argsort(every, kind="stable")[: _share(self.ratio, len(every))]
-        return np.bincount(owner[weakest], minlength=len(groups)).tolist()
+        counts = np.bincount(owner[weakest], minlength=len(groups))
+        return [int(count) for count in counts]
 
     def _allowed(self, size: int, count: int) -> int:
         """The number that may go so that what stays obeys ``min_channels`` and ``round_to``."""

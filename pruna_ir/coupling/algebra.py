@@ -162,7 +162,7 @@ class Algebra:
                 parts = common_parts(a.dims[x], b.dims[y])
             if parts is None:
                 a, b = self.whole_dims(a, [x]), self.whole_dims(b, [y])
-                b = Value(tuple(a.dims[x] if k == y else d for k, d in enumerate(b.dims)), b.blocks)
+                b = b.with_dims(a.dims[x] if k == y else d for k, d in enumerate(b.dims))
                 continue
             a, b = a.split(parts[0]), b.split(parts[1])
         return a, b

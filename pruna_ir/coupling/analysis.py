@@ -232,19 +232,20 @@ def _called(node: fx.Node, values: dict[fx.Node, Result], links: Links) -> Resul
         for value in operands:
             site.because("has no coupling rule").freeze(value)
         return site.untracked()
-    value = rule.couple(site)
-    _check_shape(site, value)
-    return value
+    result = rule.couple(site)
+    _check_shape(site, result)
+    return result
 
 
 def _check_shape(site: Site, value: Result) -> None:
     metas = site.node.meta["val"]
     values = value if isinstance(value, tuple) else (value,)
-    for one, meta in zip(values, metas if isinstance(value, tuple) else (metas,), strict=True):
+    expected_of = metas if isinstance(value, tuple) else (metas,)
+    for one, meta in zip(values, expected_of, strict=True):
         expected = tuple(map(extent, meta.shape)) if isinstance(meta, torch.Tensor) else ()
         if one.sizes() != expected:
             raise InvalidIRError(
-                f"the coupling rule of {site.node.target} makes {site.node.name} a tensor of shape "
+                f"the coupling rule of {site.node.target} gives {site.node.name} the shape "
                 f"{list(one.sizes())}, but it is {list(expected)}; the rule is wrong"
             )
 

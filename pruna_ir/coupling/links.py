@@ -9,8 +9,8 @@ Which one is decided when everything else is known:
 2. a product whose components vary along one axis at most is settled: that axis it is, and ids of
    its readers on the other axes freeze;
 3. where nothing else can be settled, an open product takes the innermost axis along which it
-   varies (and that a reader has), which connects its ids with equal index there (channel shuffle: the channel of every
-   group goes together), and the components are computed again.
+   varies (and that a reader has), which connects its ids with equal index there (channel shuffle:
+   the channel of every group goes together), and the components are computed again.
 
 Every step is a few numpy operations a block; the number of rounds is small and bounded.
 """

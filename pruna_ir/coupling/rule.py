@@ -181,7 +181,7 @@ class Edit:
         value, new = self.result(), []
         for dim, size in enumerate(sizes, start=offset):
             before, after = self.counts(value, dim)
-            if before == after or (isinstance(size, int) and size == -1 and not _fixed(value, dim)):
+            if before == after or (size == -1 and not _fixed(value, dim)):
                 new.append(size)
             elif isinstance(size, fx.Node):
                 new.append(self._scaled(size, before, after))
@@ -239,7 +239,7 @@ class Rule:
         couple: links ids at a `Site` and returns the value(s) of the result.
         resize: fixes literal arguments after removal; None where there are none to fix.
         masked: for operators that the oracle does not know, ``"elementwise"`` or a function
-            ``masked(*args, **kwargs)`` over `pruna_ir.masked_reference.Masked` operands.
+            ``masked(**arguments)`` over the call.s arguments by schema name, tensors as `pruna_ir.masked_operators.Masked` operands.
     """
 
     couple: Callable[[Site], Result]

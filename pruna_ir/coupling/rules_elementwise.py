@@ -131,14 +131,14 @@ _ELEMENTWISE = (
     "lift_fresh_copy __and__ __or__ __xor__ bitwise_not where masked_fill expand_as copy "
     "zeros_like ones_like full_like empty_like rand_like nan_to_num hardsigmoid log_sigmoid "
     "fake_quantize_per_tensor_affine"
-).split()
-_UNARY = "to _to_copy type_as to_copy fill fill_".split()
+)
+_UNARY = "to _to_copy type_as to_copy fill fill_"
 _WHOLE = (
     "softmax _softmax log_softmax _log_softmax cumsum cumprod sort topk argsort argmax argmin "
     "max min median flip roll diff prod logsumexp any all"
-).split()
-_REDUCE = "mean sum amax amin var std linalg_vector_norm".split()
-_CREATED = "zeros ones full empty new_zeros new_ones new_full new_empty".split()
+)
+_REDUCE = "mean sum amax amin var std linalg_vector_norm"
+_CREATED = "zeros ones full empty new_zeros new_ones new_full new_empty"
 _WINDOW = {
     1: "max_pool1d avg_pool1d adaptive_avg_pool1d upsample_linear1d upsample_nearest1d "
        "reflection_pad1d replication_pad1d",
@@ -150,15 +150,15 @@ _WINDOW = {
 }  # fmt: skip
 
 RULES: dict[str, Rule] = {
-    **{f"aten::{name}": ELEMENTWISE for name in _ELEMENTWISE},
-    **{f"aten::{name}": UNARY for name in _UNARY},
-    **{f"aten::{name}": WHOLE_DIM for name in _WHOLE},
-    **{f"aten::{name}": REDUCE for name in _REDUCE},
-    **{f"aten::{name}": CREATED for name in _CREATED},
+    **{f"aten::{name}": ELEMENTWISE for name in _ELEMENTWISE.split()},
+    **{f"aten::{name}": UNARY for name in _UNARY.split()},
+    **{f"aten::{name}": WHOLE_DIM for name in _WHOLE.split()},
+    **{f"aten::{name}": REDUCE for name in _REDUCE.split()},
+    **{f"aten::{name}": CREATED for name in _CREATED.split()},
     **{
         f"aten::{name}": _window(spatial)
         for spatial, names in _WINDOW.items()
-        for name in names.split()
+        for name in names
     },
     "aten::glu": Rule(_glu),
 }

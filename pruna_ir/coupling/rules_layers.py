@@ -37,9 +37,7 @@ def _conv(site: Site) -> Result:
     spatial = len(weight.dims) - 2
     x = site.because("slides over them").whole_dims(x, range(len(x.dims) - spatial, len(x.dims)))
     weight = _silent(site).whole_dims(weight, range(2, 2 + spatial))
-    transposed = bool(site.arg("transposed")) or "output_padding" in site.arguments and (
-        site.arg("transposed") is None
-    )
+    transposed = bool(site.arg("transposed")) or "transpose" in str(site.node.target)
     groups = int(site.arg("groups"))
     lead = len(x.dims) - spatial - 1
     if groups == 1:
@@ -218,7 +216,7 @@ def _sdpa(site: Site) -> Result:
     q, k = site.value("query"), site.value("key").renamed()
     v, rank = site.value("value").renamed(), len(site.value("query").dims)
     if site.arg("enable_gqa"):
-        q, k, v = _repeat_heads(site, q, k, v)
+        q, k, v = _repeat_heads(q, k, v)
     for value in (q, k, v):
         _heads(site, value, rank - 1)
     over = site.because("attention is computed along them")
@@ -230,7 +228,7 @@ def _sdpa(site: Site) -> Result:
     return _product(site, scores, v)
 
 
-def _repeat_heads(site: Site, q: Value, k: Value, v: Value) -> tuple[Value, Value, Value]:
+def _repeat_heads(q: Value, k: Value, v: Value) -> tuple[Value, Value, Value]:
     """Keys and values with each head repeated for the query heads that it serves."""
     dim = len(q.dims) - 3
     times = q.sizes()[dim] // k.sizes()[dim]
@@ -332,10 +330,10 @@ def _per_channel(site: Site) -> Result:
 
 _CONVS = (
     "conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d"
-).split()
+)
 
 RULES: dict[str, Rule] = {
-    **{f"aten::{name}": Rule(_conv, _resize_conv) for name in _CONVS},
+    **{f"aten::{name}": Rule(_conv, _resize_conv) for name in _CONVS.split()},
     "aten::linear": Rule(_linear),
     **{f"aten::{name}": Rule(_matmul) for name in ("matmul", "mm", "bmm", "mv", "dot")},
     "aten::addmm": Rule(_addmm),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pruna_ir.coupling import rules_elementwise, rules_layers, rules_layout
+from pruna_ir.coupling import rules_elementwise, rules_layers, rules_layout, rules_parts
 from pruna_ir.coupling.rule import Rule
 from pruna_ir.errors import PluginError
 from pruna_ir.registry import COUPLING_RULES, entries, find, load
@@ -15,6 +15,7 @@ from pruna_ir.registry import COUPLING_RULES, entries, find, load
 RULES: dict[str, Rule] = {
     **rules_elementwise.RULES,
     **rules_layout.RULES,
+    **rules_parts.RULES,
     **rules_layers.RULES,
 }
 """Operator name without overload, such as ``aten::conv2d``, to rule."""
