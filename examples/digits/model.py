@@ -150,7 +150,7 @@ def test_set(batch_size: int = 50) -> TensorData:
     return _part(TRAINING + VALIDATION, TEST, batch_size)
 
 
-def calibration(batch_size: int = 64) -> TensorData:
+def calibration(batch_size: int = 32) -> TensorData:
     """Every fourth training image (275), to calibrate and rank channels with."""
     images, labels = _images()
     return TensorData((images[:TRAINING:4],), labels[:TRAINING:4], batch_size)

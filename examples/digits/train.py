@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -45,40 +46,54 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def rate(step: int, steps: int) -> float:
-    """The learning rate of one step: linear warm-up, then half a cosine down to zero."""
+    """The share of the peak learning rate: linear warm-up, then half a cosine down to zero."""
     warm = max(1, round(WARM_UP * steps))
     if step < warm:
-        return RATE * (step + 1) / warm
-    return RATE * 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
 
 
-def train(model: nn.Module, epochs: int, seed: int = 0) -> None:
-    """Train in place, from the initialisation that the model has; ends in eval mode."""
+def fit(
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    parameters: Iterable[torch.Tensor],
+    epochs: int,
+    *,
+    peak: float = RATE,
+    seed: int = 0,
+) -> Iterator[float]:
+    """Train the parameters behind ``forward`` (images to scores); yields each epoch's loss."""
     generator = torch.Generator().manual_seed(seed)
     data = training_set()
     images, labels, size = data.inputs[0], data.labels, data.batch_size
     assert labels is not None
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=RATE, momentum=MOMENTUM, weight_decay=DECAY, nesterov=True
+        parameters, lr=peak, momentum=MOMENTUM, weight_decay=DECAY, nesterov=True
     )
     loss_of = nn.CrossEntropyLoss(label_smoothing=SMOOTHING)
     step, steps = 0, epochs * len(data)
-    for epoch in range(epochs):
-        model.train()
+    for _ in range(epochs):
         total = 0.0
         for chosen in torch.randperm(len(images), generator=generator).split(size):
             for group in optimizer.param_groups:
-                group["lr"] = rate(step, steps)
-            loss = loss_of(model(augment(images[chosen], generator)), labels[chosen])
+                group["lr"] = peak * rate(step, steps)
+            loss = loss_of(forward(augment(images[chosen], generator)), labels[chosen])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             total += float(loss.detach()) * len(chosen)
             step += 1
-        model.eval()
-        if (epoch + 1) % 5 == 0 or epoch + 1 == epochs:
-            right = accuracy(model, validation_set())
-            print(f"epoch {epoch + 1:3d}: loss {total / len(images):.4f}, validation {right:.2%}")
+        yield total / len(images)
+
+
+def train(model: nn.Module, epochs: int, seed: int = 0) -> None:
+    """Train a module in place, from the values that it has; it ends in eval mode."""
+    model.train()
+    for epoch, loss in enumerate(fit(model, model.parameters(), epochs, seed=seed), start=1):
+        if epoch % 5 == 0 or epoch == epochs:
+            right = accuracy(model.eval(), validation_set())
+            print(f"epoch {epoch:3d}: loss {loss:.4f}, validation {right:.2%}", flush=True)
+        model.train()
+    model.eval()
 
 
 def main() -> None:
