@@ -91,13 +91,14 @@ class ToTvm:
         context.progress("tvm: import", 0, 2)
         imported = tvm_import.import_program(program)
         context.progress("tvm: compile", 1, 2)
-        main, *_ = tvm_build.build(imported, program, folder, self.cpu)
+        unscheduled = tvm_build.build(imported, program, folder, self.cpu)
         context.progress("tvm: compile", 2, 2)
         return Lowered(
-            main=main,
+            main=tvm_runtime.MODEL,
             tool_versions={"apache-tvm": version("apache-tvm"), "torch": version("torch")},
             facts={
                 "schedules": tvm_build.SCHEDULES,
+                "tvm-default-schedules": unscheduled,
                 "target": str(tvm_build.host_target(self.cpu)),
                 "stored-parameter-bytes": sum(p.nbytes for p in imported.parameters.values()),
             },

@@ -1,8 +1,8 @@
 """Build: from an imported Relax module to a shared library, and what it executes.
 
-    legalize -> lift weight preparation -> fuse -> lower to TVM's virtual machine -> link
+    legalize -> lift weight preparation -> fuse -> schedule -> lower to virtual machine -> link
 
-Everything computed from weights alone (dequantising int8 weights, transposing them) moves into
+Everything computed from weights alone (dequantising int8 weights, packing them) moves into
 ``main_transform_params``, which the loader calls once: the artifact stores int8, each run reads
 what its loops want.
 """
@@ -27,12 +27,13 @@ from pruna_ir.backends.tvm_runtime import (
     file_digest,
     processor_features,
 )
+from pruna_ir.backends.tvm_schedules import legalize_conv2d, schedule_module
 from pruna_ir.errors import LoweringError
 from pruna_ir.program import Program, TensorSpec
 
 KERNELS = "kernels.json"
-SCHEDULES = "tvm-default"
-"""Where the loops come from: TVM's own lowering, without schedules of ours."""
+SCHEDULES = "packed-conv2d, panel-matmul, parallel"
+"""Where the loops come from: see `pruna_ir.backends.tvm_schedules`."""
 
 _KINDS = (("conv", "conv"), ("matmul", "matmul"), ("dense", "linear"), ("einsum", "matmul"))
 
@@ -62,7 +63,7 @@ def host_target(cpu: str = "") -> Any:
 
 
 def build(imported: Imported, program: Program, folder: Path, cpu: str = "") -> list[str]:
-    """Compile, and write the artifact's files; returns their names, the description's first.
+    """Compile and write the artifact's files; returns the functions that keep TVM's own loops.
 
     Raises:
         LoweringError: TVM cannot compile the module or link the library.
@@ -72,7 +73,7 @@ def build(imported: Imported, program: Program, folder: Path, cpu: str = "") -> 
     target = host_target(cpu)
     try:
         with target:
-            module = _optimization()(imported.module)
+            module, unscheduled = schedule_module(_optimization()(imported.module))
         executable = tvm.compile(module, target=target, relax_pipeline=_lowering())
         executable.export_library(str(folder / LIBRARY))
     except Exception as error:
@@ -84,7 +85,7 @@ def build(imported: Imported, program: Program, folder: Path, cpu: str = "") -> 
     rows = [asdict(kernel) for kernel in _kernels(module)]
     (folder / KERNELS).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     _describe(imported, program, folder, target, cpu)
-    return [MODEL, LIBRARY, PARAMETERS, KERNELS]
+    return unscheduled
 
 
 def _optimization() -> Any:
@@ -99,7 +100,7 @@ def _optimization() -> Any:
             relax.backend.DispatchSampling(),
             relax.backend.DispatchSortScan(),
             t.DecomposeOpsForInference(),
-            t.LegalizeOps(),
+            t.LegalizeOps({"relax.nn.conv2d": legalize_conv2d}),
             t.LiftTransformParams(),
             t.DeadCodeElimination(entries),
             t.AnnotateTIROpPattern(),

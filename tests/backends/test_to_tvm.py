@@ -239,6 +239,51 @@ def test_names_every_node_that_tvm_cannot_translate(tmp_path: Path) -> None:
     assert BACKEND.unsupported(program(Block, int8=True)) == []
 
 
+class Convolutions(torch.nn.Module):
+    """Strides, dilation, padding on one side, widths around the register tile, odd channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(
+            [
+                torch.nn.Conv2d(3, 17, 3, stride=2, padding=1),
+                torch.nn.Conv2d(3, 5, (1, 5), dilation=(1, 3), bias=False),
+                torch.nn.Conv2d(3, 16, (4, 2), stride=(3, 1), padding=(0, 2)),
+                torch.nn.Conv2d(3, 33, 1),
+            ]
+        )
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(layer(x).relu() for layer in self.layers)
+
+
+@pytest.mark.parametrize("width", [13, 15, 29])
+def test_packed_convolutions(width: int, tmp_path: Path) -> None:
+    torch.manual_seed(width)
+    x = torch.randn(3, 3, 11, width)
+    made = capture(Convolutions().eval(), (x[:2],))
+    assert lowered(made, tmp_path).facts["tvm-default-schedules"] == []
+    assert largest_difference(made, tmp_path, x) < 2e-6
+
+
+class Products(torch.nn.Module):
+    """Matrix products with widths that do and do not divide into panels, constant and computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.odd = torch.nn.Linear(7, 192), torch.nn.Linear(7, 13)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.wide(x).relu(), self.odd(x), x @ x.transpose(1, 2), self.wide(x[:, 0])
+
+
+def test_products(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    made = capture(Products(), (torch.randn(2, 5, 7),))
+    assert lowered(made, tmp_path).facts["tvm-default-schedules"] == []
+    assert largest_difference(made, tmp_path, torch.randn(3, 5, 7)) < 2e-6
+
+
 def test_refuses_a_computed_scale(tmp_path: Path) -> None:
     class Dynamic(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -255,5 +300,5 @@ def test_resnet18(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 64, 64)
     made = capture(torchvision.models.resnet18().eval(), (x,))
     facts = lowered(made, tmp_path).facts
-    assert facts["schedules"] == "tvm-default"
+    assert facts["tvm-default-schedules"] == []
     assert largest_difference(made, tmp_path, x[:1]) < 2e-5
