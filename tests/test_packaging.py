@@ -106,13 +106,11 @@ def test_the_sdist_makes_the_same_wheel(
     assert contents(again) == contents(wheel)
 
 
-def test_the_sdist_holds_no_tests_and_no_examples(sdist: Path) -> None:
+def test_the_sdist_holds_every_source_and_no_examples(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
-        second = {Path(name).parts[1] for name in archive.getnames() if "/" in name}
-    assert second == {
-        "CHANGELOG.md", "LICENSE", "MANIFEST.in", "PKG-INFO", "README.md", "pruna_ir",
-        "pruna_ir.egg-info", "pyproject.toml", "setup.cfg",
-    }  # fmt: skip
+        names = [Path(*Path(name).parts[1:]).as_posix() for name in archive.getnames()]
+    assert {"LICENSE", "README.md", "pyproject.toml", *package_paths(tree_files())} <= set(names)
+    assert not [name for name in names if name.startswith("examples")]
 
 
 # -- in an environment that holds nothing else -------------------------------------------------
