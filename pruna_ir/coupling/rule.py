@@ -239,7 +239,8 @@ class Rule:
         couple: links ids at a `Site` and returns the value(s) of the result.
         resize: fixes literal arguments after removal; None where there are none to fix.
         masked: for operators that the oracle does not know, ``"elementwise"`` or a function
-            ``masked(**arguments)`` over the call.s arguments by schema name, tensors as `pruna_ir.masked_operators.Masked` operands.
+            ``masked(**arguments)`` of the call's arguments by schema name, whose tensors are
+            `pruna_ir.masked_operators.Masked`, as is its result.
     """
 
     couple: Callable[[Site], Result]
