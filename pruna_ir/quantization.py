@@ -105,8 +105,9 @@ class QuantScheme:
     """How a target wants a program quantised; a backend states its own as ``scheme``.
 
     The defaults are what ONNX Runtime needs: it runs a convolution on integers only where input,
-    weight and output are all quantised. A compiler that fuses by itself (OpenVINO, TensorRT) does
-    better with ``residual="identity"``, ``layer_outputs=False``, ``repeat_behind_movers=False``.
+    weight and output are all quantised, and a product only where its operand is quantised right
+    before it. TensorRT fuses by itself: ``residual="identity"``, ``layer_outputs=False``,
+    ``repeat_behind_movers=False``. OpenVINO takes either.
 
     Attributes:
         activation: the grid of activations, one scale per tensor.
