@@ -1,0 +1,138 @@
+"""ONNX Runtime: verified artifacts, executed precisions, split Gemms, unsupported nodes."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pruna_ir.backends.to_onnx import ToOnnx, split_gemms
+from pruna_ir.capture import capture
+from pruna_ir.errors import LoweringError
+from pruna_ir.lowering import LoadOptions
+from tests import networks, quantised
+from tests.backends import runtime_cases as cases
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+conv_net = cache(networks.conv_net)
+quantised_net = cache(quantised.quantised_net)
+
+
+@pytest.mark.parametrize("program", [conv_net, cases.odd, cases.same])
+def test_float_programs_are_verified(program, tmp_path):
+    cases.built(program(), "onnx", tmp_path / "out")
+
+
+def test_integer_inputs_and_two_dynamic_dimensions(tmp_path):
+    program = cases.lookup()
+    artifact = cases.built(program, "onnx", tmp_path / "out")
+
+    def inputs(batch: int, length: int) -> list[torch.Tensor]:
+        return [torch.randint(0, 17, (batch, length)), torch.rand(batch, length) > 0.3]
+
+    cases.check_sizes(program, artifact, inputs)
+    graph = onnx.load(tmp_path / "out/model.onnx").graph
+    assert [value.name for value in graph.input] == ["ids", "mask"]
+    assert [value.name for value in graph.output] == ["states", "pooled"]
+    assert [d.dim_param for d in graph.input[0].type.tensor_type.shape.dim] == ["batch", "length"]
+
+
+def test_an_int8_program_runs_on_integers(tmp_path):
+    artifact = cases.built(quantised_net(), "onnx", tmp_path / "out")
+    summary = artifact.certificate.audit_summary()
+    assert summary["conv"] == {"int8": 2}
+    assert summary["linear"] == {"int8": 1}
+    assert artifact.manifest.facts["disabled_optimizers"] == ["MatMulAddFusion"]
+
+
+def test_a_float_program_is_audited_as_float(tmp_path):
+    artifact = cases.built(conv_net(), "onnx", tmp_path / "out")
+    summary = artifact.certificate.audit_summary()
+    assert (summary["conv"], summary["linear"]) == ({"float32": 2}, {"float32": 1})
+    assert artifact.manifest.facts["disabled_optimizers"] == []
+
+
+@pytest.mark.parametrize("network", [conv_net, quantised_net])
+def test_wrong_weights_are_told_from_right_ones(network, tmp_path):
+    cases.check_faults_fail(network(), "onnx", "head.weight", tmp_path)
+
+
+class Exotic(nn.Module):
+    def forward(self, x):
+        return torch.special.bessel_j0(x).relu() + torch.special.bessel_j0(x + 1)
+
+
+def test_every_unsupported_node_is_named():
+    found = ToOnnx().unsupported(capture(Exotic(), (torch.randn(3, 4),)))
+    assert [o.operator for o in found] == ["aten.special_bessel_j0.default"] * 2
+    assert ToOnnx().unsupported(conv_net()) == []
+
+
+def test_a_damaged_model_is_refused(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"not a model")
+    with pytest.raises(LoweringError, match="ONNX Runtime refuses the model"):
+        ToOnnx().load(tmp_path, LoadOptions())
+
+
+def gemm(trans_b: int, axis: int, *, bias: bool = True, alpha: float = 1.0):
+    """A float32[2, 3] input, quantised, times an int8 [3, 4] weight."""
+    make, const = onnx.helper.make_node, onnx.numpy_helper.from_array
+    shape = (4, 3) if trans_b else (3, 4)
+    weight = np.arange(12, dtype=np.int8).reshape(shape)
+    channels = shape[axis]
+    constants = [
+        const(np.float32(0.1), "sx"),
+        const(np.uint8(7), "zx"),
+        const(weight, "w8"),
+        const(np.linspace(0.1, 1, channels, dtype=np.float32), "sw"),
+        const(np.zeros(channels, np.int8), "zw"),
+        const(np.linspace(-1, 1, 4, dtype=np.float32), "c"),
+    ]
+    nodes = [
+        make("QuantizeLinear", ["x", "sx", "zx"], ["x8"]),
+        make("DequantizeLinear", ["x8", "sx", "zx"], ["xf"]),
+        make("DequantizeLinear", ["w8", "sw", "zw"], ["wf"], axis=axis),
+        make("Gemm", ["xf", "wf", *(["c"] if bias else [])], ["y"], transB=trans_b, alpha=alpha),
+    ]
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        nodes,
+        "g",
+        [value("x", onnx.TensorProto.FLOAT, [2, 3])],
+        [value("y", onnx.TensorProto.FLOAT, [2, 4])],
+        constants,
+    )
+    opset = [onnx.helper.make_opsetid("", 18)]
+    return onnx.helper.make_model(graph, opset_imports=opset, ir_version=9)
+
+
+def evaluate(model, x: np.ndarray) -> np.ndarray:
+    from onnx.reference import ReferenceEvaluator
+
+    return ReferenceEvaluator(model).run(None, {"x": x})[0]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("trans_b", "axis"), [(1, 0), (0, 1), (1, 1)])
+def test_a_split_gemm_computes_the_same(trans_b, axis, bias):
+    model = gemm(trans_b, axis, bias=bias)
+    x = np.random.default_rng(0).standard_normal((2, 3)).astype(np.float32)
+    before = evaluate(model, x)
+    assert split_gemms(model.graph) == 1
+    onnx.checker.check_model(model, full_check=True)
+    kinds = [node.op_type for node in model.graph.node]
+    assert "Gemm" not in kinds
+    assert kinds[-1] == ("Add" if bias else "MatMul")
+    np.testing.assert_allclose(evaluate(model, x), before, rtol=1e-6)
+    assert split_gemms(model.graph) == 0
+
+
+def test_a_scaled_gemm_stays():
+    model = gemm(1, 0, alpha=2.0)
+    assert split_gemms(model.graph) == 0
+    assert model.graph.node[-1].op_type == "Gemm"
