@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from pruna_ir.errors import CaptureError
 from pruna_ir.program import DimRange, Program, TensorSpec
+from pruna_ir.regions import inline_regions
 from pruna_ir.verify import verify
 
 BATCH = "batch"
@@ -274,6 +275,7 @@ def from_exported(
     module = exported.module(check_guards=False)
     if not isinstance(module, fx.GraphModule):
         raise CaptureError("the exported program does not hold a graph module")
+    inline_regions(module)
     examples = pytree.tree_leaves(exported.example_inputs)
     kept = _flatten_inputs(module, examples, input_names)
     names = _output_names(module)
