@@ -200,7 +200,8 @@ class Rewrite:
         """
         args, kwargs = unbind_arguments(target, arguments)
         with self.graph.inserting_before(before):
-            node = self.graph.call_function(target, args, kwargs)
+            name = target._schema.name.rpartition("::")[2]
+            node = self.graph.create_node("call_function", target, args, kwargs, name=name)
         _copy_provenance(like, node)
         node.meta["val"] = propagated(self.program, node, self._mode)
         return node

@@ -32,7 +32,7 @@ PASSES = {
 
 # name, the right pipeline up to and with its twin, nodes of which the first to differ is one
 BUGS = [
-    ("fold-with-wrong-epsilon", "canonicalize,fold-batch-norm", {"conv2d", "conv2d_1"}),
+    ("fold-with-wrong-epsilon", "canonicalize,fold-batch-norm", {"batch_norm", "batch_norm_1"}),
     ("fuse-and-drop-relu", "canonicalize,fold-batch-norm,fuse-conv-bn-relu", {"relu", "relu_1"}),
     ("relu6-as-relu", "canonicalize,eliminate-dead-code", {"hardtanh", "relu6"}),
     ("prune-off-by-one", "canonicalize,fold-batch-norm,prune-channels{ratio=0.5}", {"cat",

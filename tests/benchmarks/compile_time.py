@@ -1,6 +1,6 @@
 """Compile time: capture and every pass, against the size of the graph.
 
-    python tests/benchmarks/compile_time.py                # ResNet-50 and the table to 10,000 nodes
+    python tests/benchmarks/compile_time.py                   # ResNet-50; 100 to 10,000 nodes
     python tests/benchmarks/compile_time.py --nodes 100 1000
 
 Checks are off: this measures the compiler. The table prints, per pass and graph size, seconds,
@@ -119,7 +119,7 @@ def resnet50() -> None:
     print(f"  {'torch.export (peer)':<22} {peer.seconds:7.3f} s")
     print(f"  {'capture':<22} {captured.seconds:7.3f} s")
     for name, (nodes, m) in rows.items():
-        print(f"  {name:<22} {m.seconds:7.3f} s  {nodes:5d} nodes  peak {m.mebibytes:7.1f} MiB")
+        print(f"  {name:<22} {m.seconds:7.3f} s {nodes:5d} nodes, peak {m.mebibytes:.1f} MiB")
     print(f"  {'capture + passes':<22} {total:7.3f} s  = {total / peer.seconds:.1f} x torch.export")
 
 
