@@ -29,6 +29,7 @@ from pruna_ir.backends import tvm_build, tvm_import, tvm_runtime
 from pruna_ir.errors import LoweringError, ToolchainError
 from pruna_ir.lowering import Availability, KernelRow, LoadOptions, Lowered, Offender
 from pruna_ir.program import Program
+from pruna_ir.quantization import U8_ASYMMETRIC, QuantScheme
 from pruna_ir.transform import API_VERSION, Context
 
 _COMPILERS = ("g++", "gcc", "clang++", "clang", "c++", "cc")
@@ -66,6 +67,11 @@ class ToTvm:
 
     name: ClassVar[str] = "tvm"
     api_version: ClassVar[int] = API_VERSION
+    # Operators compute in float32 between quantize and dequantize: any grid will do, and rounding
+    # what only adds and pools read would cost time and accuracy for nothing.
+    scheme: ClassVar[QuantScheme] = QuantScheme(
+        U8_ASYMMETRIC, residual="none", average_pool=False, repeat_behind_movers=False
+    )
 
     def availability(self) -> Availability:
         """Whether TVM is installed and, for building, a compiler that can link."""
@@ -76,7 +82,7 @@ class ToTvm:
 
     def unsupported(self, program: Program) -> list[Offender]:
         """Every node that TVM's importer cannot translate, after decomposition to core ATen."""
-        return tvm_import.untranslatable(tvm_import.core_form(program))
+        return tvm_import.unsupported(program)
 
     def lower(self, program: Program, folder: Path, context: Context) -> Lowered:
         """Compile the program and write the artifact's files.

@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from torch import fx
 
+from pruna_ir.backends.tvm_operators import OPERATORS
 from pruna_ir.call import bind_arguments
+from pruna_ir.decompose import decompose
 from pruna_ir.errors import LoweringError, UnsupportedError
 from pruna_ir.lowering import Offender
 from pruna_ir.program import Program
@@ -61,7 +63,10 @@ def import_program(program: Program) -> Imported:
     try:
         module = from_exported_program(
             exported,
-            custom_convert_map={"fake_quant.default": _fake_quant_translation(exported)},
+            custom_convert_map={
+                **OPERATORS,
+                "fake_quant.default": _fake_quant_translation(exported),
+            },
             run_ep_decomposition=False,
         )
     except LoweringError:
@@ -82,16 +87,37 @@ def core_form(program: Program) -> torch.export.ExportedProgram:
     return decomposed
 
 
+def unsupported(program: Program) -> list[Offender]:
+    """Every node that TVM's importer cannot translate.
+
+    A program of operators that the importer knows by name is not exported to find out.
+    """
+    flat = decompose(program)
+    names = _translated()
+    if all(_name(node) in names for node in flat.calls()):
+        return []
+    return untranslatable(core_form(program))
+
+
 def untranslatable(exported: torch.export.ExportedProgram) -> list[Offender]:
     """Every call of an exported program that TVM's importer does not know."""
-    from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
-
-    known = {*ExportedProgramImporter().convert_map, "fake_quant.default"}
+    names = _translated()
     return [
         Offender.of(node, "TVM's importer has no translation of it")
         for node in exported.graph.nodes
-        if node.op == "call_function" and getattr(node.target, "__name__", "") not in known
+        if node.op == "call_function" and _name(node) not in names
     ]
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", ""))
+
+
+def _translated() -> set[str]:
+    """The operators with a translation, by overload, such as ``conv2d.default``."""
+    from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
+
+    return {*ExportedProgramImporter().convert_map, *OPERATORS, "fake_quant.default"}
 
 
 # -- quantisers ----------------------------------------------------------------------------------

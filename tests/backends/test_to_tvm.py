@@ -35,7 +35,8 @@ def largest_difference(made: Program, folder: Path, *values: torch.Tensor) -> fl
     actual = runner.run([value.numpy() for value in values])
     assert [a.shape for a in actual] == [e.shape for e in expected]
     assert [a.dtype for a in actual] == [e.dtype for e in expected]
-    return max(float(np.abs(a - e).max()) for a, e in zip(actual, expected, strict=True))
+    pairs = zip(actual, expected, strict=True)
+    return max(float(np.abs(a.astype(float) - e.astype(float)).max()) for a, e in pairs)
 
 
 @pytest.mark.parametrize("kind", [SmallCnn, Block])
@@ -302,3 +303,26 @@ def test_resnet18(tmp_path: Path) -> None:
     facts = lowered(made, tmp_path).facts
     assert facts["tvm-default-schedules"] == []
     assert largest_difference(made, tmp_path, x[:1]) < 2e-5
+
+
+class Reductions(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        least, where = x.min(1)
+        return (
+            x.amax((1, 2)),
+            x.amin(1, keepdim=True),
+            x.amax(),
+            (x > 1).any(),
+            least,
+            where,
+            x.prod(2),
+        )
+
+
+def test_reductions_that_the_importer_lacks(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 7)
+    made = capture(Reductions(), (x[:2],))
+    assert BACKEND.unsupported(made) == []
+    lowered(made, tmp_path)
+    assert largest_difference(made, tmp_path, x) < 1e-6
