@@ -40,7 +40,8 @@ from pruna_ir.lowering import (
     Offender,
     Runner,
 )
-from pruna_ir.onnx_export import OPSET, export_onnx, onnx_unsupported
+from pruna_ir.onnx_coverage import onnx_unsupported
+from pruna_ir.onnx_export import OPSET, export_onnx
 from pruna_ir.program import Program
 from pruna_ir.quantization import U8_ASYMMETRIC, QuantScheme
 from pruna_ir.transform import API_VERSION, Context

@@ -36,7 +36,7 @@ from pruna_ir.errors import LoweringError, ToolchainError
 from pruna_ir.lowering import Availability, KernelRow, LoadOptions, Lowered, Offender, Runner
 from pruna_ir.program import Program, TensorSpec, module_path
 from pruna_ir.quantization import U8_ASYMMETRIC, QuantScheme
-from pruna_ir.reexport import reexport
+from pruna_ir.reexport import origins, reexport
 from pruna_ir.transform import API_VERSION, Context
 
 MAIN = "model.xml"
@@ -67,7 +67,7 @@ class ToOpenvino:
         from openvino.frontend import FrontEndManager
 
         decoder = _decoder(program)
-        origins = _origins(decoder, program)
+        behind = origins(program, decoder.pt_module.graph)
         frontend = FrontEndManager().load_by_framework("pytorch")
         frontend.add_extension(_extension())
         with _quiet():
@@ -82,7 +82,7 @@ class ToOpenvino:
             own, _, operator = name.partition("/")
             # A getitem that stays behind is a consequence: its producer is among the offenders.
             if operator and "getitem" not in operator:
-                offender = _offender(origins.get(own), own, operator)
+                offender = _offender(behind.get(own), own, operator)
                 found.setdefault((offender.node, offender.reason), offender)
         return list(found.values())
 
@@ -203,7 +203,7 @@ def convert(program: Program) -> Any:
             model = ov.convert_model(decoder, extension=[_extension()])
     except Exception as error:
         raise LoweringError(f"OpenVINO refuses the program: {_first_lines(error)}") from error
-    _name_layers(model, _origins(decoder, program))
+    _name_layers(model, origins(program, decoder.pt_module.graph))
     _shape_inputs(model, program)
     for output, spec in zip(model.outputs, program.outputs, strict=True):
         output.get_tensor().add_names({spec.name})
@@ -302,27 +302,6 @@ def _shape_inputs(model: Any, program: Program) -> None:
 # -- provenance --------------------------------------------------------------------------------
 
 
-def _origins(decoder: Any, program: Program) -> dict[str, fx.Node]:
-    """The program's node behind each node that OpenVINO reads, through its decompositions."""
-    ours = {node.name: node for node in program.calls()}
-    origins: dict[str, fx.Node] = {}
-    for node in decoder.pt_module.graph.nodes:
-        for name in _ancestry(node):
-            if name in ours:
-                origins[node.name] = ours[name]
-    return origins
-
-
-def _ancestry(node: fx.Node) -> Iterator[str]:
-    """A node's name and those of the nodes that it was made from, newest first."""
-    yield node.name
-    sources = list(node.meta.get("from_node") or [])
-    while sources:
-        source = sources.pop()
-        yield source.name
-        sources += source.from_node
-
-
 def _offender(origin: fx.Node | None, name: str, operator: str) -> Offender:
     if origin is None:
         return Offender(name, operator, "OpenVINO has no rule for it", "", "")
@@ -331,11 +310,11 @@ def _offender(origin: fx.Node | None, name: str, operator: str) -> Offender:
     return Offender.of(origin, f"OpenVINO has no rule for it{through}")
 
 
-def _name_layers(model: Any, origins: Mapping[str, fx.Node]) -> None:
+def _name_layers(model: Any, behind: Mapping[str, fx.Node]) -> None:
     """Name operations after the user's module, so that audits speak the user's language."""
     for op in model.get_ops():
         own, _, rest = op.get_friendly_name().partition("/")
-        origin = origins.get(own)
+        origin = behind.get(own)
         if origin is not None and rest:
             path = module_path(origin)
             kind = op.get_type_name()

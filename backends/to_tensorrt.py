@@ -37,7 +37,8 @@ from pruna_ir.backends.tensorrt_engine import (
 from pruna_ir.backends.tensorrt_runner import EngineRunner, OnnxRunner
 from pruna_ir.errors import LoweringError, ToolchainError
 from pruna_ir.lowering import Availability, KernelRow, LoadOptions, Lowered, Offender
-from pruna_ir.onnx_export import OPSET, export_onnx, module_scopes, onnx_unsupported
+from pruna_ir.onnx_coverage import onnx_unsupported
+from pruna_ir.onnx_export import OPSET, export_onnx, module_scopes
 from pruna_ir.program import Program, TensorSpec
 from pruna_ir.quantization import S8_SYMMETRIC, QuantScheme
 from pruna_ir.transform import API_VERSION, Context

@@ -32,7 +32,6 @@ import numpy as np
 import torch
 
 from pruna_ir.errors import LoweringError
-from pruna_ir.lowering import Offender
 from pruna_ir.program import Program, TensorSpec
 from pruna_ir.reexport import reexport
 from pruna_ir.registry import kernels
@@ -78,29 +77,6 @@ def export_onnx(program: Program, *, opset: int = OPSET, int8_weights: bool = Tr
     except (onnx.checker.ValidationError, ValueError) as error:
         raise LoweringError(f"torch.onnx wrote a model that ONNX refuses: {error}") from error
     return model
-
-
-def onnx_unsupported(program: Program) -> list[Offender]:
-    """Every node for which ``torch.onnx`` has neither a translation nor a decomposition."""
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-    registry = ONNXRegistry.from_torchlib()
-    table = torch.export.default_decompositions()
-    offenders = []
-    for node in program.calls():
-        target: Any = node.target
-        if target in kernels() or registry.is_registered(target):
-            continue
-        if not isinstance(target, torch._ops.OpOverload):
-            known = getattr(target, "__module__", "") in ("_operator", "math")
-        else:
-            known = target in table or target in torch._decomp.decomposition_table
-            known = known or target._can_decompose()
-        if not known:
-            offenders.append(
-                Offender.of(node, "torch.onnx has no translation and torch no decomposition")
-            )
-    return offenders
 
 
 def module_scopes(node: Any) -> list[str]:

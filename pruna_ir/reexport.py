@@ -11,10 +11,11 @@ The placeholders keep the names of ``program.inputs``; outputs come in the order
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import fx
 
 from pruna_ir.decompose import decompose
 from pruna_ir.errors import LoweringError, UsageError
@@ -153,3 +154,27 @@ def _restore_ranges(
                 bounds, known = program.dims[name], exported.range_constraints[symbol]
                 upper = known.upper if bounds.upper is None else bounds.upper
                 exported.range_constraints[symbol] = type(known)(bounds.lower, upper)
+
+
+def origins(program: Program, graph: fx.Graph) -> dict[str, fx.Node]:
+    """The program's call behind each node of a graph that was exported or decomposed from it.
+
+    Nodes that no call of the program stands behind are left out.
+    """
+    ours = {node.name: node for node in program.calls()}
+    found: dict[str, fx.Node] = {}
+    for node in graph.nodes:
+        for name in _ancestry(node):
+            if name in ours:
+                found[node.name] = ours[name]
+    return found
+
+
+def _ancestry(node: fx.Node) -> Iterator[str]:
+    """A node's name and those of the nodes that it was made from, newest first."""
+    yield node.name
+    sources = list(node.meta.get("from_node") or [])
+    while sources:
+        source = sources.pop()
+        yield source.name
+        sources += source.from_node

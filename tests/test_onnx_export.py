@@ -16,7 +16,8 @@ from onnx import numpy_helper
 from pruna_ir.capture import capture
 from pruna_ir.errors import LoweringError
 from pruna_ir.kernels.fake_quant import fake_quant
-from pruna_ir.onnx_export import export_onnx, onnx_unsupported
+from pruna_ir.onnx_coverage import onnx_unsupported
+from pruna_ir.onnx_export import export_onnx
 from pruna_ir.program import Program
 
 
