@@ -87,6 +87,8 @@ def _traceback(error: Exception) -> str:
 def _quiet() -> None:
     """Keep the chatter of libraries off stderr; ``--debug`` lets it through."""
     warnings.simplefilter("ignore")
+    # Says in red what the error that follows says in words.
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     for name in ("torch", "torch.utils._pytree", "torch.onnx", "transformers", "torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -254,7 +254,8 @@ def test_a_broken_promise_names_pass_and_node(opt: Opt, rascals: object) -> None
 def test_an_invalid_program_is_an_error_of_its_own(opt: Opt, rascals: object) -> None:
     ran = opt("run", "net.py:make", "-p", "damage")
     assert ran.code == 5
-    assert "claims to be float32[5, 5]" in ran.err
+    assert "aten.mean.dim does not accept its operands" in ran.err
+    assert "failed while attempting" not in ran.err
 
 
 def test_unsupported_nodes_are_all_named(opt: Opt, rascals: object, tmp_path: Path) -> None:
