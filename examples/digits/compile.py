@@ -1,6 +1,6 @@
 """The whole compiler, from Python, on the trained digits network.
 
-    python examples/digits/compile.py build/digits
+    python examples/digits/compile.py --out digits-artifacts
 
     captured -> canonicalised -> half of the channels pruned -> recovered by a short training
              -> batch norms folded -> convolutions fused with their activations
@@ -121,7 +121,9 @@ def show_artifact(target: str, original: Artifact, small: Artifact) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the digits network for each target.")
-    parser.add_argument("out", type=Path, help="the folder for the artifacts")
+    parser.add_argument(
+        "--out", type=Path, default=Path("digits-artifacts"), help="the folder for the artifacts"
+    )
     parser.add_argument("--target", action="append", choices=TARGETS, help="default: all four")
     parser.add_argument("--ratio", type=float, default=0.5, help="share of channels to prune")
     parser.add_argument("--epochs", type=int, default=10, help="epochs of recovery")
