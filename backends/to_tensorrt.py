@@ -52,6 +52,8 @@ MOST = 32
 """The largest size of a dynamic dimension that has no bound of its own, unless the example's is
 larger."""
 
+_FOLD_AT_MOST = 1 << 20
+"""Bytes of a folded constant: a transposed copy of a large weight is better computed."""
 _BUILD = ("onnx", "onnxscript", "onnx_graphsurgeon")
 
 
@@ -185,6 +187,7 @@ def shape_for_tensorrt(model: Any) -> bytes:
 
     graph = gs.import_onnx(model)
     graph.fold_constants(
+        size_threshold=_FOLD_AT_MOST,
         should_exclude_node=lambda node: node.op in ("QuantizeLinear", "DequantizeLinear")
     )
     for node in [n for n in graph.nodes if n.op == "Identity"]:

@@ -22,14 +22,16 @@ import torch
 from torch import fx
 
 from pruna_ir.backends.tvm_operators import OPERATORS
-from pruna_ir.call import bind_arguments
+from pruna_ir.call import bind_arguments, unbind_arguments
 from pruna_ir.decompose import decompose
 from pruna_ir.errors import LoweringError, UnsupportedError
 from pruna_ir.lowering import Offender
 from pruna_ir.program import Program
 from pruna_ir.reexport import reexport
 from pruna_ir.registry import kernels
+from pruna_ir.transform import Context, Rewrite
 
+aten = torch.ops.aten
 Array = np.ndarray[Any, Any]
 
 
@@ -81,10 +83,35 @@ def import_program(program: Program) -> Imported:
 
 def core_form(program: Program) -> torch.export.ExportedProgram:
     """The program in core ATen operators and ``fake_quant``."""
-    exported = reexport(program)
+    exported = reexport(_without_views(program))
     with torch.no_grad():
         decomposed: torch.export.ExportedProgram = exported.run_decompositions()
+    _count_from_the_front(decomposed.graph)
     return decomposed
+
+
+def _count_from_the_front(graph: fx.Graph) -> None:
+    """Slices with non-negative dimensions: TVM refuses others where a size is dynamic."""
+    for node in graph.find_nodes(op="call_function", target=aten.slice.Tensor):
+        bound = bind_arguments(node)
+        bound["dim"] = int(bound["dim"]) % node.meta["val"].dim()
+        node.args, node.kwargs = unbind_arguments(aten.slice.Tensor, bound)
+
+
+def _without_views(program: Program) -> Program:
+    """The program with ``reshape`` for ``view``.
+
+    Decomposing an operator may change the strides of its result (attention's does); a view of it
+    would then be refused.
+    """
+    rw = Rewrite(program, "tvm-import", Context())
+    for node in rw.calls(aten.view.default, aten._unsafe_view.default):
+        bound = bind_arguments(node)
+        reshaped = rw.insert(
+            aten.reshape.default, before=node, like=node, self=bound["self"], shape=bound["size"]
+        )
+        rw.replace(node, reshaped)
+    return rw.finish()
 
 
 def unsupported(program: Program) -> list[Offender]:

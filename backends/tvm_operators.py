@@ -1,7 +1,9 @@
-"""Translations of core ATen operators that TVM's importer lacks, each exact.
+"""Translations of core ATen operators that TVM's importer lacks or gets wrong, each exact.
 
     amax, amin      max, min over dimensions
     any             max over booleans as int8
+    cumsum, cumprod in the dtype of the result: the importer's adds booleans as booleans, and its
+                    negative axes are refused later on
     min.dim         values and the indices of the first minimum
     prod.dim_int    product over one dimension
 """
@@ -67,10 +69,27 @@ def _prod(node: fx.Node, importer: Any) -> Any:
     return importer.block_builder.emit(product)
 
 
+def _scan(name: str) -> Translation:
+    def translate(node: fx.Node, importer: Any) -> Any:
+        from tvm import relax
+
+        bound = bind_arguments(node)
+        result = node.meta["val"]
+        dtype = str(result.dtype).removeprefix("torch.")
+        x = relax.op.astype(_operand(importer, bound["self"]), dtype)
+        scan = getattr(relax.op, name)
+        x = importer.block_builder.emit(x)
+        return importer.block_builder.emit(scan(x, int(bound["dim"]) % result.dim(), dtype))
+
+    return translate
+
+
 OPERATORS: Mapping[str, Translation] = {
     "amax.default": _extreme("max"),
     "amin.default": _extreme("min"),
     "any.default": _any,
+    "cumprod.default": _scan("cumprod"),
+    "cumsum.default": _scan("cumsum"),
     "min.dim": _min_dim,
     "prod.dim_int": _prod,
 }
