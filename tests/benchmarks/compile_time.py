@@ -120,7 +120,8 @@ def resnet50() -> None:
     print(f"  {'capture':<22} {captured.seconds:7.3f} s")
     for name, (nodes, m) in rows.items():
         print(f"  {name:<22} {m.seconds:7.3f} s {nodes:5d} nodes, peak {m.mebibytes:.1f} MiB")
-    print(f"  {'capture + passes':<22} {total:7.3f} s  = {total / peer.seconds:.1f} x torch.export")
+    ratio = total / peer.seconds
+    print(f"  {'capture + passes':<22} {total:7.3f} s = {ratio:.1f} x torch.export")
 
 
 def table(sizes: list[int]) -> None:

@@ -1,0 +1,133 @@
+"""Pruning of real architectures: oracle error, what shrinks, and every backend on the result.
+
+    python tests/benchmarks/prune_and_export.py                          # all models, all backends
+    python tests/benchmarks/prune_and_export.py --models vgg16_bn gpt2 --targets onnx eager
+
+Each model (random weights, seeded) is captured, canonicalised, pruned by ``--ratio`` of the
+channels of every coupled group and checked against the masked oracle in float64; the result is
+lowered to every target, and each artifact is compared with it. Exits 1 if anything failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pruna_ir.build import build
+from pruna_ir.capture import capture
+from pruna_ir.cost import cost
+from pruna_ir.errors import PrunaError
+from pruna_ir.pipeline import Pipeline
+from pruna_ir.program import Program
+
+TARGETS = ("eager", "onnx", "openvino", "tvm", "tensorrt")
+
+
+def vision(name: str) -> Program:
+    """A torchvision classifier."""
+    import torchvision
+
+    torch.manual_seed(0)
+    module = torchvision.models.get_model(name, weights=None)
+    return capture(module, (torch.randn(2, 3, 224, 224),))
+
+
+def bert() -> Program:
+    """BERT-base, random weights, 32 tokens."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    return tokens(BertModel(BertConfig()), 30522)
+
+
+def gpt2() -> Program:
+    """GPT-2 small, random weights, 32 tokens."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return tokens(GPT2LMHeadModel(GPT2Config(use_cache=False)), 50257)
+
+
+def tokens(module: nn.Module, vocabulary: int) -> Program:
+    """A transformer of token ids, with a dynamic batch and sequence."""
+    ids = torch.randint(0, vocabulary, (2, 32))
+    return capture(module, (), {"input_ids": ids}, dynamic_dims={"input_ids": {1: "seq"}})
+
+
+MODELS: dict[str, Callable[[], Program]] = {
+    **{
+        name: lambda name=name: vision(name)  # type: ignore[misc]
+        for name in (
+            "resnet50", "vgg16_bn", "densenet121", "mobilenet_v3_large", "efficientnet_b0",
+            "vit_b_16",
+        )
+    },
+    "bert": bert,
+    "gpt2": gpt2,
+}  # fmt: skip
+
+
+def prune(name: str, ratio: float) -> tuple[Program, str]:
+    """The pruned program and a line that tells what happened."""
+    program = MODELS[name]()
+    start = time.perf_counter()
+    pipeline = Pipeline.parse(f"canonicalize,prune-channels{{ratio={ratio}}}")
+    result = pipeline.run(program)
+    seconds = time.perf_counter() - start
+    report = result.steps[-1].check
+    assert report is not None, "nothing was pruned"
+    before, after = cost(program), cost(result.program)
+    line = (
+        f"{name:<20} oracle error {report.measured:.1e}  "
+        f"parameters {before.parameters / 1e6:6.1f} M -> {after.parameters / 1e6:6.1f} M "
+        f"({1 - after.parameters / before.parameters:4.0%} less)  "
+        f"FLOPs {1 - after.flops / before.flops:4.0%} less  {seconds:5.1f} s with check"
+    )
+    return result.program, line
+
+
+def lower(program: Program, target: str) -> tuple[bool, str]:
+    """Whether the artifact was built and not found wrong, and a line."""
+    start = time.perf_counter()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            artifact = build(program, target, Path(folder) / target)
+            certificate = artifact.certificate
+    except PrunaError as error:
+        return False, f"  {target:<10} {type(error).__name__}: {error}"
+    seconds = time.perf_counter() - start
+    return True, f"  {target:<10} {certificate.summary()}  {seconds:.0f} s"
+
+
+def main() -> None:
+    """Print a block a model."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--targets", nargs="*", default=list(TARGETS))
+    parser.add_argument("--ratio", type=float, default=0.5)
+    arguments = parser.parse_args()
+    fine = True
+    for name in arguments.models:
+        try:
+            program, line = prune(name, arguments.ratio)
+        except PrunaError as error:
+            print(f"{name:<20} {type(error).__name__}: {error}", flush=True)
+            fine = False
+            continue
+        print(line, flush=True)
+        for target in arguments.targets:
+            passed, line = lower(program, target)
+            fine &= passed
+            print(line, flush=True)
+    sys.exit(0 if fine else 1)
+
+
+if __name__ == "__main__":
+    main()
