@@ -1,7 +1,8 @@
 """Regions that ``torch.export`` keeps as submodules, written out in the graph.
 
 Code under ``torch.no_grad()`` or ``torch.autocast(enabled=False)`` inside a model (rotary
-embeddings in transformers) is captured as a call of a graph of its own. In a Program there is one graph.
+embeddings in transformers) is captured as a call of a graph of its own. In a Program there is one
+graph.
 """
 
 from __future__ import annotations
@@ -36,13 +37,14 @@ def inline_regions(module: fx.GraphModule) -> None:
 
 def _inline(module: fx.GraphModule, node: fx.Node) -> None:
     position = next(i for i, a in enumerate(node.args) if _region(module, a) is not None)
-    if node.target is _AUTOCAST and _enabled(node.args[:position]):
-        raise CaptureError(
-            "the model computes a region under torch.autocast; capture it without autocast and "
-            f"choose the precision with a pass ({source_line(node) or node.name})"
-        )
     body = _region(module, node.args[position])
     assert body is not None
+    if node.target is _AUTOCAST and _enabled(node.args[:position]):
+        where = next((line for n in body.graph.nodes if (line := source_line(n))), node.name)
+        raise CaptureError(
+            "the model computes a region under torch.autocast; capture it without autocast and "
+            f"choose the precision with a pass ({where})"
+        )
     prefix = str(node.args[position].target)  # type: ignore[union-attr]
     operands = iter(node.args[position + 1 :])
     copies: dict[fx.Node, Any] = {}
