@@ -200,8 +200,8 @@ def test_a_config_file_and_a_folder_with_weights(tmp_path: Path) -> None:
     state.pop("lm_head.weight")
     save_file({k: v.contiguous() + 1 for k, v in state.items()}, tmp_path / "model.safetensors")
     loaded = load_source(f"hf:{tmp_path}")
-    name = "transformer.wte.weight"
-    assert torch.equal(loaded.tensor(name), model.module.transformer.wte.weight + 1)
+    name = "transformer.wpe.weight"
+    assert torch.equal(loaded.tensor(name), model.module.transformer.wpe.weight + 1)
     assert not torch.equal(random.tensor(name), loaded.tensor(name))
 
 
