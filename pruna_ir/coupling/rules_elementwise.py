@@ -158,7 +158,7 @@ RULES: dict[str, Rule] = {
     **{
         f"aten::{name}": _window(spatial)
         for spatial, names in _WINDOW.items()
-        for name in names
+        for name in names.split()
     },
     "aten::glu": Rule(_glu),
 }
