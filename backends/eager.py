@@ -70,7 +70,8 @@ class EagerRunner:
 
     def run(self, inputs: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
         """One array per output for one array per input."""
-        tensors = [torch.from_numpy(np.require(value, requirements=("C", "W"))) for value in inputs]
+        whole = (np.require(value, requirements=("C", "W")) for value in inputs)
+        tensors = [torch.from_numpy(value) for value in whole]
         with torch.no_grad(), _threads(self._threads):
             return [output.numpy() for output in self._program(*tensors)]
 
