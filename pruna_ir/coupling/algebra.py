@@ -191,12 +191,6 @@ class Algebra:
         others = [block for block in every if block is not cover]
         if any(set(block.factors) - set(cover.factors) for block in others):
             return self._conflict(every, mine, theirs, shared)
-        soft = [block for block in others if self.links.is_soft(block.ids)]
-        if soft:
-            for block in soft:
-                self.links.freeze(block.ids, None)
-            self._untrack(mine, theirs, soft)
-            return self._meet(mine, theirs, shared)
         readers = [(cover.axes(block.factors), block.ids) for block in others]
         reason = self.because("is shared along another dimension that channels are removed from")
         self.links.product(cover.ids, readers, reason.reason)

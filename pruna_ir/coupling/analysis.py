@@ -79,12 +79,14 @@ class Coupling:
         tensors: tensor name -> ids of each dimension (None where it has no channels).
         values: node name -> the value(s) of the node, for rewriting.
         solved: the units of all ids.
+        blocks: the ids that index each tensor's channels, with the node's name; removal must
+            leave something of each.
     """
 
     tensors: Mapping[str, tuple[Ids | None, ...]]
     values: Mapping[str, Result]
     solved: Units
-    joint: tuple[tuple[str, Ids], ...] = field(repr=False)
+    blocks: tuple[tuple[str, Ids], ...] = field(repr=False)
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
@@ -109,13 +111,13 @@ class Coupling:
         return RemovalPlan(removed)
 
     def emptied(self, gone: Mask) -> list[tuple[str, Ids]]:
-        """The nodes (with the units of one dimension) of which removal would leave nothing.
+        """The nodes (with the units of their channels) of which removal would leave nothing.
 
         Args:
             gone: per unit, whether it is removed.
         """
         found = []
-        for node, ids in self.joint:
+        for node, ids in self.blocks:
             units = self.solved.unit[ids]
             if gone[units].all():
                 found.append((node, np.unique(units)))
@@ -136,9 +138,9 @@ def couple(program: Program) -> Coupling:
         value = _value(program, node, values, links, tensors)
         if value is not None:
             values[node] = value
-    joint = _keep_rectangular(values, links)
+    blocks = _keep_rectangular(values, links)
     names = {node.name: value for node, value in values.items()}
-    return Coupling(tensors, names, links.solve(), joint)
+    return Coupling(tensors, names, links.solve(), blocks)
 
 
 def _tensor_ids(program: Program, links: Links) -> dict[str, tuple[Ids | None, ...]]:
@@ -253,9 +255,9 @@ def _check_shape(site: Site, value: Result) -> None:
 def _keep_rectangular(
     values: Mapping[fx.Node, Result], links: Links
 ) -> tuple[tuple[str, Ids], ...]:
-    """Products for the blocks that span dimensions; returns the ids of every tracked dimension."""
+    """Products for the blocks that span dimensions; returns every block's node and ids."""
     seen: dict[tuple[int, ...], None] = {}
-    lines: list[tuple[str, Ids]] = []
+    blocks: list[tuple[str, Ids]] = []
     for node, result in values.items():
         for block, owners in _owned_blocks(result):
             if (id(block), *owners) in seen:
@@ -264,8 +266,8 @@ def _keep_rectangular(
             grouped = _by_dimension(block, owners)
             if grouped.ndim > 1:
                 links.product(grouped)
-            lines += [(node.name, _first_line(grouped, k)) for k in range(grouped.ndim)]
-    return tuple(lines)
+            blocks.append((node.name, block.ids.ravel()))
+    return tuple(blocks)
 
 
 def _owned_blocks(result: Result) -> Iterator[tuple[Block, tuple[int, ...]]]:
@@ -284,10 +286,6 @@ def _by_dimension(block: Block, owners: tuple[int, ...]) -> Ids:
     for k in order:
         sizes[owners[k]] = sizes.get(owners[k], 1) * block.ids.shape[k]
     return ids.reshape(list(sizes.values()))
-
-
-def _first_line(grouped: Ids, axis: int) -> Ids:
-    return grouped[tuple(slice(None) if k == axis else 0 for k in range(grouped.ndim))]
 
 
 # -- groups ------------------------------------------------------------------------------------

@@ -133,8 +133,7 @@ class Links:
             waiting, changed = self._settle(waiting, labels, frozen)
             if not changed and waiting:
                 # Those that others read go first: their choice may settle the rest.
-                for product in [p for p in waiting if p.readers] or waiting:
-                    self._choose(product, _states(product.ids, labels, frozen))
+                self._choose([p for p in waiting if p.readers] or waiting, labels, frozen)
                 changed = True
             if changed:
                 labels, frozen = self._components()
@@ -183,12 +182,24 @@ class Links:
             else:
                 self.freeze(ids, product.reason)
 
-    def _choose(self, product: Product, states: Ids) -> None:
-        """Let the innermost varying axis of an open product decide; one that is read, if any."""
-        varying = _varying(states)
-        read = {axis for axes, _ in product.readers for axis in axes}
-        axis = ([k for k in varying if k in read] or varying)[-1]
-        self.tie(product.ids, [k for k in range(product.ids.ndim) if k != axis])
+    def _choose(self, products: list[Product], labels: Ids, frozen: Mask) -> None:
+        """Let one axis of each open product decide; of those that share units, of the first."""
+        touched = np.zeros(len(frozen), np.bool_)
+        for product in products:
+            states = _states(product.ids, labels, frozen)
+            units = states[states >= 0]
+            if touched[units].any():
+                continue
+            touched[units] = True
+            axis = self._preferred(product, _varying(states))
+            self.tie(product.ids, [k for k in range(product.ids.ndim) if k != axis])
+
+    def _preferred(self, product: Product, varying: list[int]) -> int:
+        """The innermost varying axis; of those that readers with channels of their own have."""
+        read = {
+            axis for axes, ids in product.readers for axis in axes if not self.is_soft(ids)
+        }
+        return ([k for k in varying if k in read] or varying)[-1]
 
     def _units(self, labels: Ids, frozen: Mask) -> Units:
         reason = np.full(len(frozen), -1, np.int64)

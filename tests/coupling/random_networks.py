@@ -167,22 +167,25 @@ class Attention(nn.Module):
         self.spelling = spelling
         self.norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 36)
-        self.keys = nn.Linear(width, 8)
-        self.head_norm = nn.LayerNorm(4)
+        if spelling == "shared-keys":
+            self.qkv, self.keys = nn.Linear(width, 12), nn.Linear(width, 8)
+        if spelling == "normed":
+            self.head_norm = nn.LayerNorm(4)
         self.out = nn.Linear(12, width)
 
     def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         n, s, _ = x.shape
+        if self.spelling == "shared-keys":
+            # One key and value head serves all query heads (multi-query attention).
+            q = self.qkv(x).view(n, s, 3, 4).transpose(1, 2)
+            k, v = self.keys(x).view(n, s, 2, 1, 4).permute(2, 0, 3, 1, 4).unbind(0)
+            return q, k.expand(n, 3, s, 4), v.expand(n, 3, s, 4)
         if self.spelling == "split":
             q, k, v = (
                 part.view(n, s, 3, 4).transpose(1, 2) for part in self.qkv(x).split(12, -1)
             )
         else:
             q, k, v = self.qkv(x).reshape(n, s, 3, 3, 4).permute(2, 0, 3, 1, 4).unbind(0)
-        if self.spelling == "shared-keys":
-            # One key and value head serves all query heads (multi-query attention).
-            k, v = self.keys(x).view(n, s, 2, 1, 4).permute(2, 0, 3, 1, 4).unbind(0)
-            k, v = (t.expand(n, 3, s, 4) for t in (k, v))
         if self.spelling == "normed":
             q, k = self.head_norm(q), self.head_norm(k)
         return q, k, v
