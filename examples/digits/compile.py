@@ -14,6 +14,7 @@ lowered by the same backend and timed in turns with it. Nothing is chosen by the
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from pruna_ir.errors import ToolchainError
 from pruna_ir.latency import Latency, measure
 from pruna_ir.lowering import Runner
 from pruna_ir.pipeline import Pipeline
+from pruna_ir.report import integers
 from pruna_ir.training import trainable, with_state
 
 TARGETS = ("onnx", "openvino", "tvm", "tensorrt")
@@ -116,7 +118,8 @@ def show_artifact(target: str, original: Artifact, small: Artifact) -> None:
         return
     right = accuracy(AsModule(small.load()), test_set(batch))
     print(f"    accuracy {right:.2%}; batch {batch}: {latency}")
-    print(f"    kernels: {audit_summary(small.certificate.audit)}")
+    on_integers = integers(audit_summary(small.certificate.audit))
+    print(f"    layers that the runtime executes on integers: {on_integers}")
 
 
 def main() -> None:
@@ -129,6 +132,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10, help="epochs of recovery")
     options = parser.parse_args()
     torch.set_num_threads(2)
+    sys.stdout.reconfigure(line_buffering=True)
 
     model, inputs = factory()
     context = Context(calibration())
