@@ -14,36 +14,24 @@ and seeded. A factory returns a module, ``(module, args)`` or ``(module, args, k
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import importlib.util
 import inspect
-import json
 import re
-import sys
-import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
 
 from pruna_ir.capture import capture
-from pruna_ir.errors import CaptureError, ToolchainError, UsageError
+from pruna_ir.errors import CaptureError, UsageError
+from pruna_ir.factories import Model, make_model
+from pruna_ir.model_libraries import LIBRARIES
 from pruna_ir.program import Program
 from pruna_ir.serialize import load_program
-from pruna_ir.spec import PassSpec, Value, parse_pipeline
 from pruna_ir.training import with_state
 from pruna_ir.weights import load_weights, put_weights
-
-BATCH_SIZE = 2
-"""Of example inputs: ``torch.export`` would take a batch of 1 for a constant."""
-SEQUENCE = 64
-FRAMES = 16
 
 
 @dataclass(frozen=True)
@@ -73,15 +61,6 @@ class Request:
     dynamic_batch: bool = True
 
 
-@dataclass(frozen=True)
-class Model:
-    """A module with example inputs; ``args`` None where the source gave none."""
-
-    module: nn.Module
-    args: tuple[Any, ...] | None = None
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-
 def load_source(text: str, request: Request | None = None) -> Program:
     """The program of what a user typed.
 
@@ -108,14 +87,14 @@ def resolve(text: str, request: Request | None = None) -> Program | Model:
     """The program in a ``.pt2`` file, or the module of any other source, with its weights."""
     request = request or Request()
     kind, separator, rest = text.partition(":")
-    if separator and kind in _LIBRARIES:
+    if separator and kind in LIBRARIES:
         with _seeded(request.seed):
-            model = _LIBRARIES[kind](rest)
+            model = LIBRARIES[kind](rest)
     elif text.endswith(".pt2"):
         return _saved(Path(text), request)
     elif separator and rest:
         with _seeded(request.seed):
-            model = _factory(kind, rest)
+            model = make_model(kind, rest)
     else:
         raise CaptureError(_unknown_source(text))
     if request.weights is not None:
@@ -139,7 +118,7 @@ def _unknown_source(text: str) -> str:
 
 
 @contextmanager
-def _seeded(seed: int) -> Any:
+def _seeded(seed: int) -> Iterator[None]:
     """Random numbers from a seed, the caller's generator left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -156,297 +135,6 @@ def _saved(path: Path, request: Request) -> Program:
     if request.weights is not None:
         return with_state(program, load_weights(request.weights))
     return program
-
-
-# -- factories ----------------------------------------------------------------------------------
-
-
-def _factory(place: str, name: str) -> Model:
-    module = _python_file(Path(place)) if place.endswith(".py") else _package(place)
-    found: Any = module
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise CaptureError(f"{place} has no '{name}'{_near(name, vars(module))}")
-        found = getattr(found, part)
-    if isinstance(found, nn.Module):
-        return Model(found)
-    if not callable(found):
-        raise CaptureError(f"{place}:{name} is a {type(found).__name__}, not a function")
-    return _model(f"{place}:{name}", _users(found, f"{place}:{name} failed"))
-
-
-def _model(origin: str, made: Any) -> Model:
-    """What a factory returned as a model."""
-    parts = made if isinstance(made, (tuple, list)) else (made,)
-    if not parts or not isinstance(parts[0], nn.Module) or len(parts) > 3:
-        raise CaptureError(
-            f"{origin} returned a {type(made).__name__}; return a module, (module, args) or "
-            "(module, args, kwargs)"
-        )
-    args = parts[1] if len(parts) > 1 else None
-    if isinstance(args, torch.Tensor):
-        args = (args,)
-    kwargs = parts[2] if len(parts) > 2 else {}
-    if not isinstance(args, (tuple, list, type(None))) or not isinstance(kwargs, Mapping):
-        raise CaptureError(
-            f"{origin}: example inputs must be a tensor, a tuple of inputs, or a tuple and a dict "
-            f"of keyword inputs, not {type(args).__name__} and {type(kwargs).__name__}"
-        )
-    return Model(parts[0], None if args is None else tuple(args), dict(kwargs))
-
-
-def _python_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise CaptureError(f"{path}: no such file")
-    name = f"_pruna_source_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise CaptureError(f"{path}: cannot be imported as Python")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    loader = spec.loader
-
-    def execute() -> ModuleType:
-        loader.exec_module(module)
-        return module
-
-    # As for a script: what stands beside the file can be imported.
-    with _search_path(path.resolve().parent):
-        loaded: ModuleType = _users(execute, f"{path} failed")
-    return loaded
-
-
-def _package(name: str) -> ModuleType:
-    with _search_path(Path.cwd()):
-        try:
-            found = importlib.util.find_spec(name)
-        except (ImportError, ValueError) as error:
-            raise CaptureError(f"package {name} cannot be imported: {error}") from error
-        if found is None:
-            raise CaptureError(
-                f"package {name} is not importable from here; install it, or give file.py:factory"
-            )
-        module: ModuleType = _users(
-            lambda: importlib.import_module(name), f"importing {name} failed"
-        )
-    return module
-
-
-@contextmanager
-def _search_path(folder: Path) -> Any:
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        if str(folder) in sys.path:
-            sys.path.remove(str(folder))
-
-
-def _users(call: Callable[[], Any], what: str) -> Any:
-    """Run the user's code; its failure names the user's own line."""
-    try:
-        return call()
-    except (Exception, SystemExit) as error:
-        frames = [
-            frame
-            for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename != __file__ and not frame.filename.startswith("<frozen")
-        ]
-        own = [f for f in frames if "site-packages" not in f.filename] or frames
-        if own:
-            place = f"\n  {own[-1].filename}:{own[-1].lineno}\n      {own[-1].line or ''}"
-        elif isinstance(error, SyntaxError):
-            place = f"\n  {error.filename}:{error.lineno}"
-        else:
-            place = ""
-        cause = (str(error).splitlines() or [""])[0]
-        raise CaptureError(f"{what}: {type(error).__name__}: {cause}{place}") from error
-
-
-# -- libraries ----------------------------------------------------------------------------------
-
-
-def _import(package: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ToolchainError(
-            f"{package} is needed for this model and cannot be imported ({error}); "
-            "pip install 'pruna-ir[models]'"
-        ) from error
-
-
-def _near(name: str, names: Iterable[str]) -> str:
-    known = [n for n in names if not n.startswith("_")]
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"; nearest: {', '.join(close)}" if close else ""
-
-
-def _torchvision(name: str) -> Model:
-    models = _import("torchvision.models")
-    known = models.list_models()
-    if name not in known:
-        raise CaptureError(f"torchvision has no model '{name}'{_near(name, known)}")
-    # Without this the two Inception models warn of a change of their default.
-    extra: dict[str, Any] = (
-        {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
-    )
-    if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
-        # By default it would be downloaded.
-        extra["weights_backbone"] = None
-    module = _users(
-        lambda: models.get_model(name, weights=None, **extra), f"torchvision:{name} failed"
-    )
-    transform = models.get_model_weights(name).DEFAULT.transforms()
-    sizes = getattr(transform, "crop_size", None) or getattr(transform, "resize_size", None)
-    if sizes is None:
-        return Model(module)
-    height, width = (list(sizes) * 2)[:2]
-    video = type(transform).__name__ == "VideoClassification"
-    shape = (BATCH_SIZE, 3, *((FRAMES,) if video else ()), height, width)
-    return Model(module, (torch.randn(shape),))
-
-
-def _timm(name: str) -> Model:
-    timm = _import("timm")
-    if not timm.is_model(name):
-        raise CaptureError(f"timm has no model '{name}'{_near(name, timm.list_models())}")
-    module = _users(lambda: timm.create_model(name, pretrained=False), f"timm:{name} failed")
-    size = tuple(module.pretrained_cfg["input_size"])
-    return Model(module, (torch.randn(BATCH_SIZE, *size),))
-
-
-def _transformers(text: str) -> Model:
-    transformers = _import("transformers")
-    transformers.logging.set_verbosity_error()
-    path = Path(text)
-    config = _config_file(transformers, path) if path.exists() else _config(transformers, text)
-    _set(config, "use_cache", value=False)
-    module = _build(transformers, config)
-    if path.is_dir():
-        _weights_beside(module, path)
-    args, kwargs = _token_inputs(module, config)
-    return Model(module, args, kwargs)
-
-
-def _config_file(transformers: Any, path: Path) -> Any:
-    file = path / "config.json" if path.is_dir() else path
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CaptureError(f"{file}: is not a readable config: {error}") from error
-    kind = fields.pop("model_type", "") if isinstance(fields, dict) else ""
-    if kind not in transformers.CONFIG_MAPPING:
-        raise CaptureError(
-            f"{file}: model_type {kind!r} is not known to transformers "
-            f"{transformers.__version__}; code that a model brings along is never run"
-        )
-    # Where the architecture's own code lives elsewhere, it is not loaded.
-    fields.pop("auto_map", None)
-    return _users(
-        lambda: transformers.AutoConfig.for_model(kind, **fields), f"{file} is not a valid config"
-    )
-
-
-def _config(transformers: Any, text: str) -> Any:
-    name, options = _options(text)
-    if name not in transformers.CONFIG_MAPPING:
-        near = _near(name, transformers.CONFIG_MAPPING)
-        raise CaptureError(
-            f"transformers has no architecture '{name}'{near}; names of the model hub need a "
-            "local folder: nothing is downloaded"
-        )
-    config = transformers.AutoConfig.for_model(name)
-    for key, value in options:
-        if not hasattr(config, key):
-            fields = [n for n in vars(config) if not n.startswith("_")]
-            raise CaptureError(f"the config of {name} has no field '{key}'{_near(key, fields)}")
-        _set(config, key, value=value)
-    return config
-
-
-def _options(text: str) -> tuple[str, tuple[tuple[str, Value], ...]]:
-    """``gpt2{n_layer=2}`` as a name and its options."""
-    if "{" not in text:
-        return text, ()
-    items = parse_pipeline(text)
-    if len(items) != 1 or not isinstance(items[0], PassSpec):
-        raise UsageError(f"'{text}' is not of the form NAME{{field=value,...}}")
-    return items[0].name, items[0].options
-
-
-def _set(config: Any, name: str, *, value: Any) -> None:
-    if hasattr(config, name):
-        setattr(config, name, list(value) if isinstance(value, tuple) else value)
-
-
-def _build(transformers: Any, config: Any) -> nn.Module:
-    """The class that the config names, else a causal language model or the bare network."""
-    named: list[Any] = [getattr(transformers, str(a), None) for a in config.architectures or ()]
-    classes = [c for c in named if isinstance(c, type) and issubclass(c, nn.Module)]
-    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
-
-    def make(attention: str) -> Any:
-        if classes:
-            chosen: Any = classes[0]
-            return chosen._from_config(config, attn_implementation=attention)
-        auto = transformers.AutoModelForCausalLM if causal and not masked else (
-            transformers.AutoModel
-        )
-        return auto.from_config(
-            config, attn_implementation=attention, trust_remote_code=False
-        )
-
-    def build() -> Any:
-        try:
-            return make("sdpa")
-        except ValueError as error:
-            if "sdpa" not in str(error) and "scaled_dot_product" not in str(error):
-                raise
-            return make("eager")
-
-    module: nn.Module = _users(build, f"{type(config).__name__} cannot be built")
-    return module
-
-
-def _weights_beside(module: nn.Module, folder: Path) -> None:
-    """Load ``*.safetensors`` or ``pytorch_model.bin`` of a model's folder; tensors only."""
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    state: dict[str, torch.Tensor] = {}
-    for file in files:
-        state |= load_weights(file)
-    if files:
-        put_weights(module, state, str(folder))
-
-
-def _token_inputs(module: Any, config: Any) -> tuple[tuple[Any, ...] | None, dict[str, Any]]:
-    """Example inputs of a transformers model, by the kind of its main input."""
-    parameters = inspect.signature(module.forward).parameters
-    extra = {"use_cache": False} if "use_cache" in parameters else {}
-    text = config.get_text_config()
-    main = module.main_input_name
-    if main == "pixel_values" and getattr(config, "image_size", None):
-        sizes = config.image_size
-        height, width = sizes if isinstance(sizes, (list, tuple)) else (sizes, sizes)
-        channels = getattr(config, "num_channels", 3)
-        return (), {main: torch.randn(BATCH_SIZE, channels, height, width)} | extra
-    vocabulary = getattr(text, "vocab_size", None)
-    if main != "input_ids" or not vocabulary:
-        return None, extra
-    longest = getattr(text, "max_position_embeddings", None) or SEQUENCE
-    ids = torch.randint(0, vocabulary, (BATCH_SIZE, min(SEQUENCE, longest)))
-    inputs = {"input_ids": ids} | extra
-    if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids.clone()
-    return (), inputs
-
-
-_LIBRARIES: dict[str, Callable[[str], Model]] = {
-    "torchvision": _torchvision,
-    "timm": _timm,
-    "hf": _transformers,
-}
 
 
 # -- example inputs -----------------------------------------------------------------------------

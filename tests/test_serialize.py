@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import operator
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from pruna_ir.capture import capture
 from pruna_ir.errors import CaptureError, LoweringError
 from pruna_ir.printer import print_program
 from pruna_ir.program import Applied, Program
-from pruna_ir.serialize import GRAPH, evaluate_size, load_program, save_program
+from pruna_ir.serialize import GRAPH, load_program, save_program
 
 
 class Tied(nn.Module):
@@ -77,7 +74,9 @@ def test_a_loaded_program_runs_at_other_sizes_and_keeps_tied_tensors(
     assert len({id(t) for t in loaded.tensors().values()}) == len(
         {id(t) for t in program.tensors().values()}
     )
-    assert isinstance(loaded.tensor("table.weight"), nn.Parameter)
+    # Which of its names a tied tensor goes by is up to torch.export.
+    name = next(name for name in loaded.tensors() if name.endswith("weight"))
+    assert isinstance(loaded.tensor(name), nn.Parameter)
     assert loaded.tensor("scale").dtype is torch.bfloat16
 
 
@@ -113,7 +112,8 @@ def test_every_truncation_is_refused(program: Program, tmp_path: Path) -> None:
 
 def test_a_flipped_byte_in_a_weight_is_refused(program: Program, tmp_path: Path) -> None:
     save_program(program, tmp_path / "p.pt2")
-    weight = program.tensor("table.weight").detach().numpy().tobytes()
+    name = next(name for name in program.tensors() if name.endswith("weight"))
+    weight = program.tensor(name).detach().numpy().tobytes()
     content = bytearray((tmp_path / "p.pt2").read_bytes())
     at = bytes(content).index(weight)
     content[at + 5] ^= 1
@@ -193,26 +193,3 @@ def test_the_edit_control_changes_nothing_without_an_edit(
     save_program(program, tmp_path / "p.pt2")
     edited(tmp_path / "p.pt2", tmp_path / "same.pt2", lambda _: None)
     assert load_program(tmp_path / "same.pt2").hash() == program.hash()
-
-
-sizes = st.recursive(
-    st.sampled_from(["n", "m"]) | st.integers(0, 9).map(str),
-    lambda inner: st.builds("({} {} {})".format, inner, st.sampled_from(["+", "-", "*"]), inner),
-)
-
-
-@settings(deadline=None, max_examples=60)
-@given(sizes, st.integers(1, 50), st.integers(1, 50))
-def test_size_expressions_are_arithmetic(text: str, n: int, m: int) -> None:
-    expected = eval(text, {"n": n, "m": m})
-    assert evaluate_size(text, {"n": n, "m": m}) == expected
-
-
-@pytest.mark.parametrize("text", ["n.real", "print(1)", "n[0]", "'a'", "k", "n if n else 1", "1."])
-def test_size_expressions_are_nothing_else(text: str) -> None:
-    with pytest.raises(CaptureError):
-        evaluate_size(text, {"n": 3})
-
-
-def test_floor_division_is_allowed() -> None:
-    assert evaluate_size("n//2 - -3", {"n": 9}) == operator.floordiv(9, 2) + 3

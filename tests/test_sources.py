@@ -15,16 +15,9 @@ from torch import nn
 
 from pruna_ir.capture import capture
 from pruna_ir.errors import CaptureError, PrunaError, UsageError
+from pruna_ir.factories import Model
 from pruna_ir.serialize import save_program
-from pruna_ir.sources import (
-    Model,
-    Request,
-    Shape,
-    load_source,
-    parse_dynamic,
-    parse_shapes,
-    resolve,
-)
+from pruna_ir.sources import Request, Shape, load_source, parse_dynamic, parse_shapes, resolve
 
 FACTORIES = '''
 import torch
