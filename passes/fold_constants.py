@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from pruna_ir.call import bind_arguments
 from pruna_ir.transform import Effect, Pass, Rewrite, is_pure
 
 aten = torch.ops.aten
@@ -81,10 +82,29 @@ def _constant_calls(rw: Rewrite) -> dict[fx.Node, None]:
     """The calls that depend on nothing but stored tensors, in graph order."""
     region: dict[fx.Node, None] = {}
     for node in rw.calls():
-        known = all(o.op == "get_attr" or o in region for o in node.all_input_nodes)
+        known = all(o.op == "get_attr" or o in region for o in _operands(node))
         if known and is_pure(node) and not _is_random(node) and _is_plain(node):
             region[node] = None
     return region
+
+
+_FILLS: dict[Any, Any] = {
+    aten.new_zeros.default: lambda _bound: 0,
+    aten.new_ones.default: lambda _bound: 1,
+    aten.new_full.default: lambda bound: bound["fill_value"],
+    aten.zeros_like.default: lambda _bound: 0,
+    aten.ones_like.default: lambda _bound: 1,
+    aten.full_like.default: lambda bound: bound["fill_value"],
+}
+"""Calls that take only dtype, device and shape from their operand, and the value they fill in."""
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    """The operands on whose values a call depends."""
+    if node.target not in _FILLS:
+        return node.all_input_nodes
+    fill = _FILLS[node.target](bind_arguments(node))
+    return [fill] if isinstance(fill, fx.Node) else []
 
 
 def _is_random(node: fx.Node) -> bool:
@@ -96,7 +116,7 @@ def _is_random(node: fx.Node) -> bool:
 
 
 def _is_plain(node: fx.Node) -> bool:
-    """Static values on the CPU in a strided layout; memory that nobody filled has no value."""
+    """Static values in a strided layout; memory that nobody filled has no value."""
     if isinstance(node.target, torch._ops.OpOverload):
         if node.target in _UNINITIALISED or node.target.namespace not in ("aten", "prims"):
             return False
@@ -136,7 +156,7 @@ def _sources(node: fx.Node) -> list[fx.Node]:
         seen.add(current)
         if current.op == "get_attr":
             found[current] = None
-        todo.extend(current.all_input_nodes)
+        todo.extend(_operands(current))
     return list(found)
 
 
@@ -215,11 +235,20 @@ def _evaluate(rw: Rewrite, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
         if current.op == "get_attr":
             known[current] = rw.program.tensor(str(current.target)).detach()
             continue
+        if current.target in _FILLS:
+            known[current] = _filled(current)
+            continue
         args, kwargs = fx.map_arg((current.args, current.kwargs), lambda n: known[n])
         target: Any = current.target
         with torch.no_grad():
             known[current] = target(*args, **kwargs)
     return known[node].detach().clone(memory_format=torch.contiguous_format)
+
+
+def _filled(node: fx.Node) -> torch.Tensor:
+    value = node.meta["val"]
+    fill = _FILLS[node.target](bind_arguments(node))
+    return torch.full(tuple(value.shape), fill, dtype=value.dtype, device=value.device)
 
 
 def _in_order(node: fx.Node) -> list[fx.Node]:
@@ -232,5 +261,5 @@ def _in_order(node: fx.Node) -> list[fx.Node]:
             order[current] = None
         elif current not in order:
             todo.append((current, True))
-            todo.extend((operand, False) for operand in current.all_input_nodes)
+            todo.extend((operand, False) for operand in _operands(current))
     return list(order)
