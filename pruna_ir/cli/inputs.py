@@ -16,7 +16,8 @@ from pruna_ir.sources import Request, parse_dynamic, parse_shapes
 from pruna_ir.stimuli import stimuli
 from pruna_ir.transform import Effect
 
-SYNTHETIC_SAMPLES = 32
+SYNTHETIC_SAMPLES = 8
+"""Few: no number of random inputs makes ranges true, and users wait for it."""
 
 
 def chosen_pipeline(args: argparse.Namespace) -> Pipeline:
