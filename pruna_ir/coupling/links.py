@@ -8,9 +8,10 @@ Which one is decided when everything else is known:
 1. connected components of all connections (scipy.sparse.csgraph);
 2. a product whose components vary along one axis at most is settled: that axis it is, and ids of
    its readers on the other axes freeze;
-3. where nothing else can be settled, an open product takes the innermost axis along which it
-   varies (and that a reader has), which connects its ids with equal index there (channel shuffle:
-   the channel of every group goes together), and the components are computed again.
+3. where nothing else can be settled, an open product takes the outermost axis along which it
+   varies and that a reader has, or else the innermost along which it varies. That connects its ids
+   with equal index there (channel shuffle: a channel of every group goes together), and the
+   components are computed again.
 
 Every step is a few numpy operations a block; the number of rounds is small and bounded.
 """
@@ -195,11 +196,13 @@ class Links:
             self.tie(product.ids, [k for k in range(product.ids.ndim) if k != axis])
 
     def _preferred(self, product: Product, varying: list[int]) -> int:
-        """The innermost varying axis; of those that readers with channels of their own have."""
+        """The outermost varying axis that readers with channels of their own have (heads rather
+        than their size); the innermost varying one where there is none."""
         read = {
             axis for axes, ids in product.readers for axis in axes if not self.is_soft(ids)
         }
-        return ([k for k in varying if k in read] or varying)[-1]
+        candidates = [k for k in varying if k in read]
+        return candidates[0] if candidates else varying[-1]
 
     def _units(self, labels: Ids, frozen: Mask) -> Units:
         reason = np.full(len(frozen), -1, np.int64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from pruna_ir import capture, verify
@@ -17,6 +17,9 @@ from pruna_ir.transform import Context, Rewrite, apply
 from tests.coupling.random_networks import CONV_LAYERS, TOKEN_LAYERS, Network, networks
 
 TOLERANCE = 1e-11
+
+# Shrinking repeats captures for minutes; the networks are small enough to read as they are.
+PHASES = [Phase.explicit, Phase.reuse, Phase.generate]
 
 
 def program_of(network):
@@ -62,14 +65,14 @@ def check(network, share, seed):
     return plan
 
 
-@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, phases=PHASES, suppress_health_check=list(HealthCheck))
 @given(networks, st.sampled_from([0.2, 0.5, 0.8]), st.integers(0, 9))
 def test_what_is_left_computes_what_the_oracle_says(network, share, seed):
     check(network, share, seed)
 
 
 @pytest.mark.nightly
-@settings(max_examples=2000, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2000, phases=PHASES, suppress_health_check=list(HealthCheck))
 @given(networks, st.sampled_from([0.2, 0.5, 0.8]), st.integers(0, 9))
 def test_many_networks_compute_what_the_oracle_says(network, share, seed):
     check(network, share, seed)
@@ -98,7 +101,8 @@ def test_statistics_over_channels_leave_the_channels_free():
 def test_one_key_head_for_all_query_heads():
     network = Network(["relu"], ["linear", "attention-shared-keys"], "mean", 1)
     plan = check(network, 0.5, 0)
-    assert plan.removed["tokens.1.keys.weight"][0]
+    assert len(plan.removed["tokens.1.qkv.weight"][0]) == 4
+    assert 0 not in plan.removed["tokens.1.keys.weight"]
 
 
 def parameters(network, prefix):
