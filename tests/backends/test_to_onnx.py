@@ -107,7 +107,7 @@ def gemm(trans_b: int, axis: int, *, bias: bool = True, alpha: float = 1.0):
         [value("y", onnx.TensorProto.FLOAT, [2, 4])],
         constants,
     )
-    opset = [onnx.helper.make_opsetid("", 18)]
+    opset = [onnx.helper.make_opsetid("", 19)]
     return onnx.helper.make_model(graph, opset_imports=opset, ir_version=9)
 
 
