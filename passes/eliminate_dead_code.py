@@ -23,6 +23,7 @@ class EliminateDeadCode(Pass):
 
     Equal subexpressions are not merged.
 
+    >>> import torch
     >>> from pruna_ir import capture
     >>> from pruna_ir.transform import apply
     >>> program = capture(torch.nn.ReLU(), (torch.zeros(2, 3),))

@@ -20,13 +20,13 @@ and operators that change a tensor's shape in place.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
 from pruna_ir.call import bind_arguments
+from pruna_ir.passes.view_inverses import part_written_back, same_type, written_back
 from pruna_ir.program import dtype_of
 from pruna_ir.propagate import fake_mode, propagated
 from pruna_ir.transform import Rewrite
@@ -158,10 +158,10 @@ class _Memory:
             parent = self.parent[written]
             if written.target is operator.getitem:
                 base = self.current(self.parent[parent], before)
-                value = _part_written_back(self.rw, written, parent, base, value, before)
+                value = part_written_back(self.rw, written, parent, base, value, before)
                 parent = self.parent[parent]
             elif not _is_alias(written):
-                value = _written_back(
+                value = written_back(
                     self.rw, written, self.current(parent, before), value, before
                 )
             written = parent
@@ -313,7 +313,7 @@ def _functional(rw: Rewrite, node: fx.Node, written: fx.Node) -> fx.Node:
             aten.full_like.default,
             before=node, like=node, self=written, fill_value=bound.get("value", 0),
         )  # fmt: skip
-    if node.target is aten.copy_.default and _same_type(written, bound["src"]):
+    if node.target is aten.copy_.default and same_type(written, bound["src"]):
         source: fx.Node = bound["src"]
         return source
     target = _functional_overload(node.target)
@@ -328,11 +328,6 @@ def _functional(rw: Rewrite, node: fx.Node, written: fx.Node) -> fx.Node:
     if dtype_of(value) != dtype:
         value = rw.insert(aten.to.dtype, before=node, like=node, self=value, dtype=dtype)
     return value
-
-
-def _same_type(a: fx.Node, b: Any) -> bool:
-    x, y = a.meta["val"], b.meta["val"]
-    return x.dtype == y.dtype and str(list(x.shape)) == str(list(y.shape))
 
 
 def _functional_overload(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
@@ -355,172 +350,3 @@ def _functional_overload(target: torch._ops.OpOverload) -> torch._ops.OpOverload
 def _argument_types(target: torch._ops.OpOverload) -> list[tuple[str, bool]]:
     """Types in order; names may differ (``dropout(input)`` but ``dropout_(self)``)."""
     return [(str(a.type), a.kwarg_only) for a in target._schema.arguments]
-
-
-# -- carrying a value back through a view ------------------------------------------------------
-
-
-def sizes(rw: Rewrite, node: fx.Node, before: fx.Node) -> list[int | fx.Node]:
-    """The sizes of a node's value as arguments: integers, or nodes that measure them."""
-    return [
-        size
-        if isinstance(size, int)
-        else rw.insert(aten.sym_size.int, before=before, like=node, self=node, dim=axis)
-        for axis, size in enumerate(node.meta["val"].shape)
-    ]
-
-
-_Inverse = Callable[[Rewrite, dict[str, Any], fx.Node, fx.Node, fx.Node], fx.Node]
-
-
-def _scatter(target: torch._ops.OpOverload, *names: str) -> _Inverse:
-    def inverse(
-        rw: Rewrite, bound: dict[str, Any], base: fx.Node, value: fx.Node, before: fx.Node
-    ) -> fx.Node:
-        arguments = {name: bound[name] for name in names}
-        return rw.insert(target, before=before, like=before, self=base, src=value, **arguments)
-
-    return inverse
-
-
-def _reshaped(
-    rw: Rewrite, _bound: dict[str, Any], base: fx.Node, value: fx.Node, before: fx.Node
-) -> fx.Node:
-    shape = sizes(rw, base, before)
-    return rw.insert(aten.reshape.default, before=before, like=before, self=value, shape=shape)
-
-
-def _narrowed(
-    rw: Rewrite, bound: dict[str, Any], base: fx.Node, value: fx.Node, before: fx.Node
-) -> fx.Node:
-    start, length = bound["start"], bound["length"]
-    if isinstance(start, fx.Node) or isinstance(length, fx.Node):
-        end: Any = rw.insert_function(operator.add, start, length, before=before, like=before)
-    else:
-        end = start + length
-    return rw.insert(
-        aten.slice_scatter.default,
-        before=before, like=before, self=base, src=value, dim=bound["dim"], start=start, end=end,
-    )  # fmt: skip
-
-
-def _swapped(first: str, second: str) -> _Inverse:
-    def inverse(
-        rw: Rewrite, bound: dict[str, Any], _base: fx.Node, value: fx.Node, before: fx.Node
-    ) -> fx.Node:
-        return rw.insert(
-            aten.transpose.int,
-            before=before, like=before, self=value, dim0=bound[first], dim1=bound[second],
-        )  # fmt: skip
-
-    return inverse
-
-
-def _transposed(
-    rw: Rewrite, _bound: dict[str, Any], base: fx.Node, value: fx.Node, before: fx.Node
-) -> fx.Node:
-    if len(base.meta["val"].shape) < 2:
-        return value
-    return rw.insert(
-        aten.transpose.int, before=before, like=before, self=value, dim0=0, dim1=1
-    )
-
-
-def _permuted(
-    rw: Rewrite, bound: dict[str, Any], _base: fx.Node, value: fx.Node, before: fx.Node
-) -> fx.Node:
-    rank = len(bound["dims"])
-    order = [d % rank for d in bound["dims"]]
-    dims = [order.index(axis) for axis in range(rank)]
-    return rw.insert(aten.permute.default, before=before, like=before, self=value, dims=dims)
-
-
-def _unchanged(
-    _rw: Rewrite, _bound: dict[str, Any], _base: fx.Node, value: fx.Node, _before: fx.Node
-) -> fx.Node:
-    return value
-
-
-_INVERSES: dict[Any, _Inverse] = {
-    aten.slice.Tensor: _scatter(aten.slice_scatter.default, "dim", "start", "end", "step"),
-    aten.select.int: _scatter(aten.select_scatter.default, "dim", "index"),
-    aten.diagonal.default: _scatter(aten.diagonal_scatter.default, "offset", "dim1", "dim2"),
-    aten.narrow.default: _narrowed,
-    aten.transpose.int: _swapped("dim0", "dim1"),
-    aten.swapaxes.default: _swapped("axis0", "axis1"),
-    aten.swapdims.default: _swapped("dim0", "dim1"),
-    aten.t.default: _transposed,
-    aten.permute.default: _permuted,
-    **dict.fromkeys(
-        (
-            aten.reshape.default, aten.view.default, aten.flatten.using_ints, aten.unflatten.int,
-            aten.view_as.default, aten.reshape_as.default, aten.squeeze.default,
-            aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default,
-        ),
-        _reshaped,
-    ),
-    **dict.fromkeys(
-        (
-            aten.alias.default, aten.detach.default, aten.contiguous.default, aten.dropout.default,
-            aten.lift_fresh.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device,
-            aten.to.other, aten.positive.default, aten.type_as.default,
-        ),
-        _unchanged,
-    ),
-}  # fmt: skip
-
-
-def _written_back(
-    rw: Rewrite, view: fx.Node, base: fx.Node, value: fx.Node, before: fx.Node
-) -> fx.Node:
-    """``base`` with the part that ``view`` shows replaced by ``value``."""
-    inverse = _INVERSES.get(view.target)
-    expands = view.target in (aten.expand.default, aten.expand_as.default)
-    if expands and _same_type(view, base):
-        inverse = _unchanged
-    if inverse is None:
-        raise rw.error(
-            before, f"{before.target} writes through the view {view.name} ({view.target}), which "
-            "cannot be written back functionally; copy the tensor (clone) before writing into it",
-        )  # fmt: skip
-    return inverse(rw, bind_arguments(view), base, value, before)
-
-
-_PARTS = frozenset(
-    {
-        aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default,
-        aten.tensor_split.sections, aten.tensor_split.indices, aten.unbind.int,
-    }
-)  # fmt: skip
-
-
-def _part_written_back(
-    rw: Rewrite, item: fx.Node, parts: fx.Node, base: fx.Node, value: fx.Node, before: fx.Node
-) -> fx.Node:
-    """``base`` with one part of its split, chunk or unbind replaced by ``value``."""
-    if parts.target not in _PARTS:
-        raise rw.error(
-            before, f"{before.target} writes through {parts.name} ({parts.target}), which cannot "
-            "be written back functionally; copy the tensor (clone) before writing into it",
-        )  # fmt: skip
-    dim, index = bind_arguments(parts)["dim"], item.args[1]
-    assert isinstance(index, int)
-    shapes = [part.shape for part in parts.meta["val"]]
-    index %= len(shapes)
-    if parts.target is aten.unbind.int:
-        return rw.insert(
-            aten.select_scatter.default,
-            before=before, like=before, self=base, src=value, dim=dim, index=index,
-        )  # fmt: skip
-    lengths = [shape[dim] for shape in shapes]
-    if any(not isinstance(length, int) for length in lengths[: index + 1]):
-        raise rw.error(
-            before, f"{before.target} writes through {parts.name} ({parts.target}), whose parts "
-            "have dynamic sizes; copy the tensor (clone) before writing into it",
-        )  # fmt: skip
-    start = sum(lengths[:index])
-    return rw.insert(
-        aten.slice_scatter.default,
-        before=before, like=before, self=base, src=value, dim=dim,
-        start=start, end=start + lengths[index],
-    )  # fmt: skip

@@ -24,7 +24,7 @@ import torch
 from torch import fx
 
 from pruna_ir.call import bind_arguments
-from pruna_ir.passes.functional_form import sizes
+from pruna_ir.passes.view_inverses import sizes
 from pruna_ir.program import dtype_of
 from pruna_ir.transform import Rewrite
 
