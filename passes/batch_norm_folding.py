@@ -91,11 +91,11 @@ def output_channels(call: Call) -> int:
 
 
 def _reason_against_norm(norm: Call) -> str:
-    if norm.flag("training"):
-        return "batch norm is in training mode; call model.eval() before capture"
     for name in ("running_mean", "running_var"):
         if norm.producer(name) is None:
             return f"batch norm has no {name} and normalises with each batch's own statistics"
+    if norm.flag("training"):
+        return "batch norm is in training mode; call model.eval() before capture"
     for name in ("weight", "bias", "running_mean", "running_var"):
         if norm.producer(name) is not None and norm.parameter(name) is None:
             return f"the {name} of the batch norm is computed in the graph"

@@ -161,7 +161,7 @@ def test_refuses_statistics_of_the_batch():
     layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)
     result = apply(FoldBatchNorm(), program_of(*layers, shape=(2, 3, 5, 5)))
     assert missed(result) == [
-        "batch norm is in training mode; call model.eval() before capture"
+        "batch norm has no running_mean and normalises with each batch's own statistics"
     ]
 
 

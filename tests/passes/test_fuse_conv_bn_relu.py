@@ -174,7 +174,7 @@ def _norm_read_twice(x, conv, norm):
             lambda x, conv, _norm: torch.relu(
                 F.batch_norm(conv(x), None, None, training=True)
             ),
-            "batch norm is in training mode; call model.eval() before capture",
+            "batch norm has no running_mean and normalises with each batch's own statistics",
         ),
     ],
 )
