@@ -1,7 +1,7 @@
 """Stimuli: inputs that drive a program through both sides of its gates.
 
 An equivalence check is as good as its inputs: on inputs in [0, 1) a dropped ReLU can pass. The
-stimuli of a program are its own examples, normal values at scale 1 and 20, zeros, and the
+stimuli of a program are its own examples, normal values at scale 1 and 20, and zeros, at the
 boundary sizes of its dynamic dimensions. Integer inputs stay inside what the program can look
 up: the range of an index is read off the embeddings that it reaches.
 """
@@ -25,42 +25,47 @@ class Stimulus:
     """One set of inputs, in the program's order, and what it is for."""
 
     kind: str
-    """``example``, ``normal``, ``large`` (x20), ``zeros`` or ``sizes``."""
+    """``example``, ``normal``, ``large`` (x20) or ``zeros``."""
     inputs: tuple[torch.Tensor, ...]
 
 
 def stimuli(program: Program, *, seed: int = 0) -> list[Stimulus]:
     """The stimuli of a program, the same ones for the same seed.
 
+    The drawn ones also cover sizes: normal values and zeros at the smallest size of every dynamic
+    dimension, large values at an odd larger one.
+
     >>> from pruna_ir import capture
     >>> program = capture(torch.nn.Linear(3, 2), (torch.zeros(2, 3),))
     >>> [(s.kind, len(s.inputs[0])) for s in stimuli(program)]
-    [('example', 2), ('normal', 2), ('large', 2), ('zeros', 2), ('sizes', 1), ('sizes', 3)]
+    [('example', 2), ('normal', 1), ('large', 3), ('zeros', 1)]
     """
     generator = torch.Generator().manual_seed(seed)
     limits = index_limits(program)
-    examples = program.examples
-    found = [
-        Stimulus("example", examples),
-        Stimulus("normal", _draw(program, {}, limits, 1.0, generator)),
-        Stimulus("large", _draw(program, {}, limits, 20.0, generator)),
-        Stimulus("zeros", tuple(torch.zeros_like(example) for example in examples)),
+    smallest, odd = _boundary_sizes(program)
+    normal = _draw(program, smallest, limits, 1.0, generator)
+    return [
+        Stimulus("example", program.examples),
+        Stimulus("normal", normal),
+        Stimulus("large", _draw(program, odd, limits, 20.0, generator)),
+        Stimulus("zeros", tuple(torch.zeros_like(tensor) for tensor in normal)),
     ]
-    for sizes in _boundary_sizes(program):
-        found.append(Stimulus("sizes", _draw(program, sizes, limits, 1.0, generator)))
-    return found
 
 
-def _boundary_sizes(program: Program) -> list[dict[str, int]]:
-    """The smallest legal size of every dynamic dimension together, and an odd larger one."""
-    if not program.dims:
-        return []
+def random_inputs(program: Program, *, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """Normal values (and legal indices) in the sizes of the program's examples."""
+    generator = torch.Generator().manual_seed(seed)
+    return _draw(program, {}, index_limits(program), 1.0, generator)
+
+
+def _boundary_sizes(program: Program) -> tuple[dict[str, int], dict[str, int]]:
+    """The smallest legal size of every dynamic dimension, and an odd larger one."""
     smallest = {name: max(1, bounds.lower) for name, bounds in program.dims.items()}
     odd = {
         name: min(smallest[name] + 2, bounds.upper or smallest[name] + 2)
         for name, bounds in program.dims.items()
     }
-    return [smallest, odd] if odd != smallest else [smallest]
+    return smallest, odd
 
 
 def _draw(

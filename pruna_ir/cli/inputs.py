@@ -13,7 +13,7 @@ from pruna_ir.pipeline import Pipeline
 from pruna_ir.presets import preset
 from pruna_ir.program import Program
 from pruna_ir.sources import Request, parse_dynamic, parse_shapes
-from pruna_ir.stimuli import stimuli
+from pruna_ir.stimuli import random_inputs
 from pruna_ir.transform import Effect
 
 SYNTHETIC_SAMPLES = 8
@@ -64,9 +64,6 @@ def calibration(program: Program, seed: int) -> TensorData:
     """Random inputs in place of calibration data: normal values, or integers in range."""
     batch = max(1, program.examples[0].shape[0] if program.examples[0].dim() else 1)
     runs = max(1, SYNTHETIC_SAMPLES // batch)
-    drawn = [
-        next(s for s in stimuli(program, seed=seed + run) if s.kind == "normal").inputs
-        for run in range(runs)
-    ]
+    drawn = [random_inputs(program, seed=seed + run) for run in range(runs)]
     joined = tuple(torch.cat([inputs[i] for inputs in drawn]) for i in range(len(drawn[0])))
     return TensorData(joined, batch_size=batch)
