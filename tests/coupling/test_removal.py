@@ -1,0 +1,181 @@
+"""Plans are data, and removal refuses those that break a coupling; broken rules are caught."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from pruna_ir import capture, verify
+from pruna_ir.coupling import RemovalPlan, couple, remove
+from pruna_ir.coupling.rule import Rule
+from pruna_ir.coupling.table import RULES
+from pruna_ir.coupling.value import Value
+from pruna_ir.errors import PrunaError, UsageError
+from pruna_ir.transform import Context, Rewrite
+from tests.coupling.random_networks import Network
+from tests.coupling.test_random_networks import TOLERANCE, program_of, pruned, worst_error
+
+plans = st.dictionaries(
+    st.text(st.characters(codec="ascii"), min_size=1),
+    st.dictionaries(
+        st.integers(0, 3),
+        st.lists(st.integers(0, 99), unique=True).map(lambda indices: tuple(sorted(indices))),
+    ),
+).map(RemovalPlan)
+
+
+@given(plans)
+def test_a_plan_survives_json(plan):
+    again = RemovalPlan.from_json(plan.to_json())
+    assert list(again.items()) == list(plan.items())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        "[]",
+        '{"format": 2, "removed": {}}',
+        '{"format": 1, "removed": {"w": {"0": [-1]}}}',
+        '{"format": 1, "removed": {"w": {"0": [1.5]}}}',
+        '{"format": 1, "removed": {"w": 3}}',
+    ],
+)
+def test_text_that_is_no_plan_is_refused(text):
+    with pytest.raises(UsageError, match="not a removal plan"):
+        RemovalPlan.from_json(text)
+
+
+def network():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
+    return capture(module, (torch.randn(2, 3),))
+
+
+def applied(program, plan):
+    rw = Rewrite(program, "remove", Context())
+    remove(rw, couple(program), plan)
+    return rw.finish()
+
+
+WHOLE = {"0.weight": {0: (1, 4)}, "0.bias": {0: (1, 4)}, "2.weight": {1: (1, 4)}}
+
+
+def test_a_plan_made_by_hand_is_applied():
+    program = network()
+    small = applied(program, RemovalPlan(WHOLE))
+    verify(small)
+    kept = [0, 2, 3, 5]
+    assert torch.equal(small.tensor("0.weight"), program.tensor("0.weight")[kept])
+    assert torch.equal(small.tensor("2.weight"), program.tensor("2.weight")[:, kept])
+    assert isinstance(small.tensor("0.weight"), nn.Parameter)
+    assert program.tensor("0.weight").shape == (6, 3)
+
+
+def test_a_plan_applied_in_two_parts_is_the_plan():
+    program = network()
+    second = {"2.weight": {0: (2,)}, "2.bias": {0: (2,)}, "4.weight": {1: (2,)}}
+    both = WHOLE | second | {"2.weight": {0: (2,), 1: (1, 4)}}
+    parts = applied(applied(program, RemovalPlan(WHOLE)), RemovalPlan(second))
+    assert parts.hash() == applied(program, RemovalPlan(both)).hash()
+
+
+def test_an_empty_plan_changes_nothing():
+    program = network()
+    assert applied(program, RemovalPlan({})).hash() == program.hash()
+
+
+@pytest.mark.parametrize(
+    ("removed", "message"),
+    [
+        ({"nope": {0: (1,)}}, "names nope, which is no tensor"),
+        ({"0.weight": {2: (1,)}}, "dimension 2 of 0.weight, which has no channels"),
+        ({"0.weight": {0: (6,)}}, "index 6 of dimension 0 of 0.weight, which has 6"),
+        ({"0.weight": {0: (1,)}}, "in part: index 1 of dimension 0 of 0.bias must go with it"),
+        (WHOLE | {"0.bias": {0: (1,)}}, "in part: index 4 of dimension 0 of 0.bias"),
+        ({"4.weight": {0: (1,)}, "4.bias": {0: (1,)}}, "must stay: program output output"),
+        ({k: {d: tuple(range(6)) for d in v} for k, v in WHOLE.items()}, "leaves nothing"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(removed, message):
+    with pytest.raises(UsageError, match=message):
+        applied(network(), RemovalPlan(removed))
+
+
+def rolled(rule, axis=-1):
+    """The rule with the ids of its result off by one."""
+
+    def couple_wrongly(site):
+        value = rule.couple(site)
+        values = value if isinstance(value, tuple) else (value,)
+        wrong = tuple(
+            Value(v.dims, tuple(replace(b, ids=np.roll(b.ids, 1, axis)) for b in v.blocks))
+            for v in values
+        )
+        return wrong if isinstance(value, tuple) else wrong[0]
+
+    return Rule(couple_wrongly, rule.resize)
+
+
+def rolled_heads(rule):
+    """The rule with the ids of [query/key/value, head, head size] off by one head."""
+    return rolled(rule, -2)
+
+
+def without_ties(_rule):
+    """Attention whose output is the value's channels, and nothing is tied."""
+    return Rule(lambda site: site.value("value"))
+
+
+def unresized(rule):
+    return Rule(rule.couple, None)
+
+
+MUTATIONS = [
+    ("aten::cat", rolled, ["concat"], []),
+    ("aten::slice", rolled, ["slice"], []),
+    ("aten::split_with_sizes", rolled, ["split"], []),
+    ("aten::conv2d", rolled, ["residual"], []),
+    ("aten::add", rolled, ["residual"], []),
+    ("aten::batch_norm", rolled, ["bn"], []),
+    ("aten::group_norm", rolled, ["group-norm"], []),
+    ("aten::prelu", rolled, ["shuffle"], []),
+    ("aten::constant_pad_nd", rolled, ["pad"], []),
+    ("aten::glu", rolled, ["glu"], []),
+    ("aten::linear", rolled, [], ["ffn"]),
+    ("aten::addmm", rolled, [], ["conv1d"]),
+    ("aten::layer_norm", rolled, [], ["layer-norm"]),
+    ("aten::permute", rolled_heads, [], ["attention-fused"]),
+    ("aten::scaled_dot_product_attention", without_ties, [], ["attention-split"]),
+    ("aten::split_with_sizes", unresized, ["split"], []),
+    ("aten::reshape", unresized, ["shuffle"], []),
+    ("aten::conv2d", unresized, ["depthwise"], []),
+    ("aten::layer_norm", unresized, [], ["layer-norm"]),
+]
+
+
+@pytest.mark.parametrize(("name", "mutate", "convs", "tokens"), MUTATIONS)
+def test_a_mutated_rule_is_caught(monkeypatch, name, mutate, convs, tokens):
+    tokens = ["linear", *tokens] if tokens else []
+    program = program_of(Network([*convs, "conv"], tokens, "mean", 3))
+    assert any(node.target._schema.name == name for node in operators(program))
+    right = RULES.get(name) or Rule(lambda site: site.algebra.elementwise(site.operands()))
+    monkeypatch.setitem(RULES, name, mutate(right))
+    try:
+        small, plan = pruned(program, 0.5, 1)
+        verify(small)
+        error = worst_error(program, small, plan)
+    except PrunaError:
+        return
+    assert error > 1e3 * TOLERANCE
+
+
+def operators(program):
+    return (n for n in program.calls() if isinstance(n.target, torch._ops.OpOverload))

@@ -1,0 +1,249 @@
+"""prune-channels: the weakest channels go, the oracle holds, and bad options are refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from pruna_ir import capture, verify
+from pruna_ir.checks import check
+from pruna_ir.equivalence import relative_error, run_float64
+from pruna_ir.errors import UsageError
+from pruna_ir.passes.canonicalize import Canonicalize
+from pruna_ir.passes.fold_batch_norm import FoldBatchNorm
+from pruna_ir.passes.prune_channels import PruneChannels
+from pruna_ir.transform import apply
+from tests.networks import ConvNet, seeded
+
+TOLERANCE = 1e-11
+
+
+def two_layers():
+    """Linear 3 -> 10 -> 2; row i of the first layer has magnitude 10 - i."""
+    module = nn.Sequential(nn.Linear(3, 10), nn.ReLU(), nn.Linear(10, 2))
+    with torch.no_grad():
+        module[0].weight.copy_(torch.arange(10, 0, -1.0)[:, None].expand(10, 3))
+    return capture(module, (torch.randn(2, 3),))
+
+
+def shapes(program):
+    return {name: list(tensor.shape) for name, tensor in program.tensors().items()}
+
+
+def parameters(program):
+    sizes = {t.data_ptr(): t.numel() for t in program.tensors().values()}
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("criterion", ["l1", "l2"])
+def test_the_weakest_rows_go(criterion):
+    program = two_layers()
+    small = apply(PruneChannels(ratio=0.3, criterion=criterion), program).program
+    assert torch.equal(small.tensor("0.weight"), program.tensor("0.weight")[:7])
+    assert torch.equal(small.tensor("2.weight"), program.tensor("2.weight")[:, :7])
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"ratio": 0.0}, 10),
+        ({"ratio": 0.3}, 7),
+        ({"ratio": 0.3, "round_to": 4}, 8),
+        ({"ratio": 0.3, "round_to": 16}, 10),
+        ({"ratio": 0.99}, 1),
+        ({"ratio": 0.99, "min_channels": 3}, 3),
+        ({"ratio": 0.99, "min_channels": 3, "round_to": 2}, 4),
+        ({"ratio": 0.5, "ranking": "global"}, 5),
+        ({"ratio": 0.5, "exclude": ("0.*",)}, 10),
+        ({"ratio": 0.5, "exclude": ("2",)}, 10),
+        ({"ratio": 0.5, "exclude": ("1",)}, 5),
+    ],
+)
+def test_options_say_how_many_stay(options, kept):
+    assert shapes(apply(PruneChannels(**options), two_layers()).program)["0.weight"] == [kept, 3]
+
+
+def test_a_global_ranking_takes_more_from_weaker_groups():
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)
+    )
+    with torch.no_grad():
+        module[0].weight.copy_(torch.ones(8, 3))
+        module[2].weight.copy_(torch.tensor([9.0] * 2 + [0.1] * 6)[:, None].expand(8, 8))
+    program = capture(module, (torch.randn(2, 3),))
+    small = apply(PruneChannels(ratio=0.375, ranking="global"), program).program
+    assert shapes(small)["2.weight"] == [2, 8]
+
+
+def test_tied_rows_lose_in_the_order_of_their_index():
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    nn.init.ones_(module[0].weight)
+    program = capture(module, (torch.randn(2, 3),))
+    first, second = (apply(PruneChannels(), program).program for _ in range(2))
+    assert first.hash() == second.hash()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ratio": 1.0}, r"ratio must be in \[0, 1\), not 1.0"),
+        ({"ratio": -0.1}, r"not -0.1"),
+        ({"ratio": math.nan}, r"not nan"),
+        ({"criterion": "l3"}, "unknown criterion 'l3'; known: l1, l2"),
+        ({"ranking": "gobal"}, "unknown ranking 'gobal'; did you mean 'global'"),
+        ({"round_to": 0}, "round_to must be at least 1, not 0"),
+        ({"min_channels": 0}, "min_channels must be at least 1, not 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        PruneChannels(**options)
+
+
+def test_remarks_say_what_went_and_what_stays():
+    result = apply(PruneChannels(), two_layers())
+    texts = {(remark.kind, remark.message.split(" [")[0]) for remark in result.remarks}
+    assert texts == {
+        ("applied", "removed 5 of 10 channels from 0.weight[0], 0.bias[0], 2.weight[1]"),
+        ("missed", "the 2 channels of 2.weight[0] stay: program output output"),
+    }
+
+
+def test_a_model_without_free_channels_stays_and_says_why():
+    program = capture(nn.Linear(3, 2), (torch.randn(2, 3),))
+    result = apply(PruneChannels(), program)
+    assert not result.modified
+    assert [remark.kind for remark in result.remarks] == ["missed"]
+
+
+def test_a_ratio_of_zero_changes_nothing():
+    result = apply(PruneChannels(ratio=0.0), two_layers())
+    assert not result.modified
+    assert result.oracle is None
+
+
+def test_a_scope_confines_it():
+    torch.manual_seed(0)
+    program = apply(Canonicalize(), capture(seeded(ConvNet), (torch.randn(2, 3, 9, 9),))).program
+    inside = apply(PruneChannels(), program, scope="nowhere")
+    assert not inside.modified
+
+
+def error_against_oracle(program, result, inputs):
+    """The worst relative error in float64."""
+    small = run_float64(result.program, inputs)
+    truth = result.oracle(program, inputs)
+    return max(relative_error(a, b) for a, b in zip(small, truth, strict=True))
+
+
+def test_the_pipeline_s_own_check_holds():
+    program = apply(Canonicalize(), capture(seeded(ConvNet), (torch.randn(2, 3, 9, 9),))).program
+    pass_ = PruneChannels()
+    result = apply(pass_, program)
+    assert check(pass_, program, result.program, result.oracle).measured < TOLERANCE
+
+
+def tv(name, **options):
+    def make():
+        import torchvision
+
+        return getattr(torchvision.models, name)(num_classes=10, **options), image(32)
+
+    return make
+
+
+def image(size):
+    return (torch.randn(2, 3, size, size),)
+
+
+def vgg16_bn():
+    import torchvision
+
+    model = torchvision.models.vgg16_bn(num_classes=10, dropout=0.0, init_weights=False)
+    # The stock classifier has 120 million weights; a narrow one has the same structure.
+    model.classifier[0], model.classifier[3] = nn.Linear(512 * 49, 24), nn.Linear(24, 24)
+    model.classifier[6] = nn.Linear(24, 10)
+    return model, image(32)
+
+
+def vit_b_16():
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    model = VisionTransformer(32, 16, 2, 4, 48, 96, num_classes=10)
+    nn.init.normal_(model.heads.head.weight)
+    return model, image(32)
+
+
+def vit_tiny():
+    import timm
+
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=10), image(32)
+
+
+def tokens():
+    return (torch.randint(0, 50, (2, 9)),)
+
+
+def bert():
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
+        vocab_size=50,
+    )  # fmt: skip
+    return BertModel(config), tokens()
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        n_embd=48, n_layer=2, n_head=4, vocab_size=50, n_positions=16, use_cache=False,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config), tokens()
+
+
+# model, share of the parameters that may remain
+MODELS = {
+    "resnet50": (tv("resnet50"), 0.3),
+    "vgg16_bn": (vgg16_bn, 0.35),
+    "densenet121": (tv("densenet121"), 0.35),
+    "mobilenet_v2": (tv("mobilenet_v2"), 0.4),
+    "mobilenet_v3_large": (tv("mobilenet_v3_large"), 0.4),
+    "efficientnet_b0": (tv("efficientnet_b0"), 0.4),
+    "vit_b_16": (vit_b_16, 0.5),
+    "vit_tiny": (vit_tiny, 0.5),
+    "bert": (bert, 0.85),
+    "gpt2": (gpt2, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_real_architectures_keep_their_oracle(name):
+    torch.manual_seed(0)
+    make, share = MODELS[name]
+    module, inputs = make()
+    program = apply(Canonicalize(), capture(seeded_norms(module).eval(), inputs)).program
+    folded = apply(FoldBatchNorm(), program).program
+    for start, batch in ((program, 3), (folded, 1)):
+        result = apply(PruneChannels(ratio=0.5), start)
+        verify(result.program)
+        assert parameters(result.program) < share * parameters(start)
+        given = tuple(torch.cat([x, x])[:batch] for x in inputs)
+        assert error_against_oracle(start, result, given) < TOLERANCE
+        assert result.program(*given)[0].shape[0] == batch
+
+
+def seeded_norms(module):
+    """Batch norms with statistics that a wrong index would not survive."""
+    for child in module.modules():
+        if isinstance(child, nn.BatchNorm2d):
+            nn.init.uniform_(child.running_mean, -0.5, 0.5)
+            nn.init.uniform_(child.running_var, 0.5, 2)
+            nn.init.uniform_(child.weight, 0.5, 1.5)
+    return module
