@@ -136,9 +136,9 @@ def even_shuffle(width: int) -> nn.Module:
 CONV_LAYERS: dict[str, Layer] = {
     "conv": lambda w: nn.Conv2d(w, 6, 3, padding=1, bias=False),
     "bn": nn.BatchNorm2d,
-    "relu": lambda w: nn.ReLU(),
-    "gelu": lambda w: nn.GELU(),
-    "pool": lambda w: nn.MaxPool2d(2, 1, 1),
+    "relu": lambda _: nn.ReLU(),
+    "gelu": lambda _: nn.GELU(),
+    "pool": lambda _: nn.MaxPool2d(2, 1, 1),
     "group-norm": lambda w: nn.Sequential(nn.Conv2d(w, 8, 1), nn.GroupNorm(2, 8)),
     "one-group-norm": lambda w: nn.GroupNorm(1, w),
     "transposed": lambda w: nn.ConvTranspose2d(w, 5, 2),

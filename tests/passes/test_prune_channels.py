@@ -181,7 +181,8 @@ def vit_b_16():
 def vit_tiny():
     import timm
 
-    return timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=10), image(32)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=10)
+    return model, image(32)
 
 
 def tokens():
