@@ -50,9 +50,12 @@ class ToOpenvino:
 
     name: ClassVar[str] = "openvino"
     api_version: ClassVar[int] = API_VERSION
-    scheme: ClassVar[QuantScheme] = QuantScheme(U8_ASYMMETRIC, residual="identity")
+    scheme: ClassVar[QuantScheme] = QuantScheme(
+        U8_ASYMMETRIC, residual="identity", layer_outputs=False
+    )
     """Unsigned activations; of a residual add only the identity branch is quantised, since the
-    other one is the convolution's own accumulator."""
+    other one is the convolution's own accumulator: OpenVINO leaves out a rounding between the
+    convolution and the add that it fuses, and would no longer compute the program's function."""
 
     def availability(self) -> Availability:
         """Whether the package ``openvino`` is installed."""
