@@ -209,16 +209,13 @@ def _run_export(
 def _by_parameter(
     module: torch.nn.Module, arg_shapes: tuple[Any, ...], kwarg_shapes: dict[str, Any]
 ) -> Any:
-    """Dynamic shapes keyed as ``torch.export`` wants them: a tuple, or by parameter name."""
-    if not kwarg_shapes:
-        return tuple(arg_shapes)
-    parameters = list(inspect.signature(module.forward).parameters.values())
-    named = dict(zip((p.name for p in parameters), arg_shapes, strict=False))
-    variadic = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD), None)
-    explicit = {p.name for p in parameters}
-    extra = {key: value for key, value in kwarg_shapes.items() if key not in explicit}
-    named |= {key: value for key, value in kwarg_shapes.items() if key in explicit}
-    return named | ({variadic: extra} if variadic and extra else {})
+    """Dynamic shapes keyed as ``torch.export`` wants them: by parameter name.
+
+    What ``*args`` and ``**kwargs`` take stands under their names as a tuple and a dict.
+    """
+    parameters = inspect.signature(module.forward).parameters
+    bound = inspect.signature(module.forward).bind(*arg_shapes, **kwarg_shapes)
+    return {name: bound.arguments[name] for name in parameters if name in bound.arguments}
 
 
 _NO_BRANCHES = (

@@ -88,16 +88,20 @@ def run_float64(
     observe: Callable[[fx.Node, Any], None] | None = None,
     exact: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """The program's outputs on these inputs, computed in float64."""
+    """The program's outputs on these inputs, computed in float64; the inputs stay as they are."""
+    own = [value.clone() for value in inputs]
     with torch.no_grad():
-        result: tuple[torch.Tensor, ...] = Lifted(program, observe, exact).run(*inputs)
+        result: tuple[torch.Tensor, ...] = Lifted(program, observe, exact).run(*own)
     return tuple(result)
 
 
 def run_native(program: Program, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """The program's outputs on these inputs, at its own precision, without gradients."""
+    """The program's outputs on these inputs, at its own precision, without gradients.
+
+    The inputs stay as they are, also where the program writes into them.
+    """
     with torch.no_grad():
-        return program(*inputs)
+        return program(*(value.clone() for value in inputs))
 
 
 def relative_error(actual: torch.Tensor, reference: torch.Tensor) -> float:
@@ -213,8 +217,15 @@ def gate_bounds(program: Program, node: fx.Node) -> tuple[float | None, float | 
         high = call.arg("max") if target is not aten.clamp_min.default else None
         return tuple(float(v) if isinstance(v, (int, float)) else None for v in (low, high))  # type: ignore[return-value]
     if str(target) == "pruna.conv_act.default":
-        return _FUSED_BOUNDS.get(str(Call(program, node).arg("activation")))
+        return _fused_bounds(Call(program, node))
     return None
+
+
+def _fused_bounds(call: Call) -> tuple[float | None, float | None] | None:
+    if call.arg("activation") == "hardtanh":
+        low, high = call.arg("activation_args")
+        return float(low), float(high)
+    return _FUSED_BOUNDS.get(str(call.arg("activation")))
 
 
 _FUSED_BOUNDS: dict[str, tuple[float | None, float | None]] = {

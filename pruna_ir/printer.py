@@ -78,6 +78,9 @@ def _call(node: fx.Node) -> str:
 
 def _argument(value: Any) -> str:
     if isinstance(value, fx.Node):
+        if value.op == "placeholder":
+            # fx renames inputs that shadow a Python builtin; their targets keep the given name.
+            return f"%{value.target}"
         return f"@{value.target}" if value.op == "get_attr" else f"%{value.name}"
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_argument, value))}]"

@@ -112,7 +112,8 @@ def index_limits(program: Program) -> dict[str, int]:
         if rows is None or source is None or source.op != "placeholder":
             continue
         count = int(rows.meta["val"].shape[0])
-        limits[source.name] = min(count, limits.get(source.name, count))
+        name = str(source.target)
+        limits[name] = min(count, limits.get(name, count))
     return limits
 
 

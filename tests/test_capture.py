@@ -132,3 +132,15 @@ def test_the_printed_program_is_stable():
         "@bias: float32[2]\n"
         "@weight: float32[2, 3]\n"
     )
+
+
+def test_any_number_of_positional_inputs():
+    class Sum(nn.Module):
+        def forward(self, first, *rest, **named):
+            return first + sum(rest) * named["scale"]
+
+    inputs = [torch.randn(2, 3) for _ in range(4)]
+    program = capture(Sum(), inputs[:3], {"scale": inputs[3]})
+    assert program.inputs[0].shape == ("batch", 3)
+    assert len(program.inputs) == 4
+    assert torch.equal(program(*inputs)[0], Sum()(*inputs[:3], scale=inputs[3]))

@@ -185,3 +185,16 @@ def test_gates_that_no_stimulus_reached_are_reported():
     report = run(ScaleHead(factor=1.0), capture(seeded(Dead), (torch.randn(2, 3),)))
     assert report.passed
     assert next(iter(report.gates.one_sided.values())).startswith("never high")
+
+
+def test_inputs_stay_as_they_are_when_a_program_writes_into_them():
+    x = torch.linspace(-4, 4, 6).reshape(2, 3)
+    program = capture(nn.Sequential(nn.ReLU(inplace=True), seeded(_Head)), (x,))
+    report = run(ScaleHead(factor=1.0 + 1e-6), program)
+    assert not report.passed
+    assert float(x.min()) == float(program.examples[0].min()) == -4.0
+
+
+class _Head(nn.Linear):
+    def __init__(self):
+        super().__init__(3, 2)
