@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, cast
 
@@ -277,9 +278,7 @@ def from_exported(
     kept = _flatten_inputs(module, examples, input_names)
     names = _output_names(module)
     graph = module.graph
-    for node in graph.find_nodes(op="get_attr"):
-        if not node.users:
-            graph.erase_node(node)
+    _name_tensors_once(module)
     graph.set_codegen(fx.graph.CodeGen())
     flat = fx.GraphModule(module, graph, class_name="Program")
     flat.meta.clear()
@@ -293,6 +292,22 @@ def from_exported(
         _spec(name, node.meta["val"], symbols) for name, node in zip(names, returned, strict=True)
     )
     return Program(flat, inputs, outputs, tuple(kept), _ranges(exported, symbols))
+
+
+def _name_tensors_once(module: fx.GraphModule) -> None:
+    """One node for each tensor that is read, under the first of its names (tied weights)."""
+    seen: dict[int, fx.Node] = {}
+    nodes = module.graph.find_nodes(op="get_attr")
+    for node in sorted(nodes, key=lambda n: str(n.target)):
+        first = seen.setdefault(id(reduce(getattr, str(node.target).split("."), module)), node)
+        if first is not node:
+            nodes[0].prepend(first)
+            if first is not nodes[0]:
+                nodes[0].prepend(first)
+            node.replace_all_uses_with(first)
+    for node in nodes:
+        if not node.users:
+            module.graph.erase_node(node)
 
 
 def _flatten_inputs(

@@ -144,3 +144,18 @@ def test_any_number_of_positional_inputs():
     assert program.inputs[0].shape == ("batch", 3)
     assert len(program.inputs) == 4
     assert torch.equal(program(*inputs)[0], Sum()(*inputs[:3], scale=inputs[3]))
+
+
+def test_a_tied_weight_has_one_name_and_always_the_same():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(7, 4)
+            self.head = nn.Linear(4, 7, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids):
+            return self.head(self.table(ids))
+
+    program = capture(Tied(), (torch.tensor([[1, 2], [3, 4]]),))
+    assert list(program.tensors()) == ["head.weight"]
