@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from corpus import canonical, targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -17,6 +16,7 @@ from pruna_ir.printer import print_program
 from pruna_ir.program import Program
 from pruna_ir.transform import PassResult, apply
 from pruna_ir.verify import verify
+from tests.passes.corpus import canonical, targets
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:

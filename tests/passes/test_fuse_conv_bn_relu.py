@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from corpus import canonical, targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -20,6 +19,7 @@ from pruna_ir.printer import print_program
 from pruna_ir.program import Program
 from pruna_ir.transform import PassResult, apply
 from pruna_ir.verify import verify
+from tests.passes.corpus import canonical, targets
 
 FUSED = "pruna.conv_act"
 

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from corpus import canonical, targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -22,6 +21,7 @@ from pruna_ir.printer import print_program
 from pruna_ir.program import Program
 from pruna_ir.transform import PassResult, apply
 from pruna_ir.verify import verify
+from tests.passes.corpus import canonical, targets
 
 FUSED = "pruna.ffn"
 C = math.sqrt(2 / math.pi)
