@@ -6,7 +6,7 @@ A handler maps `Masked` operands to `Masked` results; the rules that it follows 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,11 +93,15 @@ class Operands:
         """An argument, or None where the operator has none of that name."""
         return self.arguments.get(name)
 
-    def call(self, pick: Callable[[Masked], Tensor] = lambda m: m.value, **changed: Any) -> Any:
+    def call(
+        self,
+        pick: Callable[[Masked], Tensor] = lambda m: m.value,
+        changed: Mapping[str, Any] | None = None,
+    ) -> Any:
         """The operator on the values (or on what ``pick`` takes of each tensor)."""
         target = self.node.target
         assert isinstance(target, torch._ops.OpOverload)
-        given = self.arguments | {k: v for k, v in changed.items() if k in self.arguments}
+        given = self.arguments | {k: v for k, v in (changed or {}).items() if k in self.arguments}
         bound = {name: _picked(value, pick) for name, value in given.items()}
         names = [a.name for a in target._schema.arguments if not a.kwarg_only]
         positional = [bound.pop(name) for name in names]
@@ -169,6 +173,11 @@ def _layout(operands: Operands) -> Any:
 def _first(operands: Operands) -> Masked:
     """Only the first tensor's elements count (``to``, ``type_as``)."""
     return masked(lift(operands.call()), _tensors(operands)[0].mask)
+
+
+def _created(operands: Operands) -> Any:
+    """A new tensor that takes no more than the dtype of its operand."""
+    return wrap(operands.call())
 
 
 def _pad(operands: Operands) -> Masked:
@@ -348,7 +357,7 @@ def _plain_reduction(operands: Operands, x: Masked, name: str) -> Tensor:
 def _softmax(operands: Operands) -> Masked:
     x = operands["self"]
     filled = torch.where(x.mask, x.value, torch.full((), float("-inf"), dtype=torch.float64))
-    return masked(lift(operands.call(self=Masked(filled), dtype=None)), x.mask)
+    return masked(lift(operands.call(changed={"self": Masked(filled), "dtype": None})), x.mask)
 
 
 def _layer_norm(operands: Operands) -> Any:
@@ -447,6 +456,7 @@ HANDLERS: dict[str, Handler] = {
     **{f"aten::{name}": _layout for name in _LAYOUT.split()},
     **{f"aten::{name}": _elementwise for name in _ELEMENTWISE.split()},
     **{f"aten::{name}": _first for name in ("to", "_to_copy", "type_as")},
+    **{f"aten::{name}": _created for name in ("new_zeros", "new_ones", "new_full")},
     **{f"aten::{name}": _windowed(n) for n, names in _WINDOWS.items() for name in names.split()},
     **{f"aten::{name}": _conv for name in _CONVS.split()},
     **{f"aten::{name}": _statistic for name in _STATISTICS.split()},

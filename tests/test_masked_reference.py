@@ -110,6 +110,7 @@ STATISTICS = {
     "biased var": lambda y: y.var(-1, unbiased=False),
     "norm": lambda y: torch.linalg.vector_norm(y, dim=-1),
     "softmax": lambda y: (torch.softmax(y, -1) * y).sum(-1),
+    "new": lambda y: (y + y.new_ones(3, 1)).sum(-1),
     "rms": lambda y: (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True))).sum(-1),
 }
 

@@ -232,11 +232,17 @@ def _called(node: fx.Node, values: dict[fx.Node, Result], links: Links) -> Resul
         return site.untracked()
     if rule is None:
         for value in operands:
-            site.because("has no coupling rule").freeze(value)
+            site.because(_without_rule(node)).freeze(value)
         return site.untracked()
     result = rule.couple(site)
     _check_shape(site, result)
     return result
+
+
+def _without_rule(node: fx.Node) -> str:
+    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "pruna":
+        return "is fused already; prune before operators are fused"
+    return "has no coupling rule"
 
 
 def _check_shape(site: Site, value: Result) -> None:

@@ -11,6 +11,7 @@ from pruna_ir.coupling import ELEMENTWISE, couple
 from pruna_ir.coupling.table import RULES
 from pruna_ir.errors import InvalidIRError
 from pruna_ir.passes.canonicalize import Canonicalize
+from pruna_ir.passes.fuse_conv_bn_relu import FuseConvBnRelu
 from pruna_ir.transform import apply
 from tests.coupling.synthetic import measure
 
@@ -196,6 +197,13 @@ def test_an_operator_without_a_rule_freezes_what_it_touches():
     )
     assert "test_groups.py:" in why["a.weight[0]"]
     assert "b.weight[1]" in why
+
+
+def test_fused_operators_say_that_pruning_comes_first():
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    program = capture(module, (torch.randn(2, 3, 4, 4),))
+    fused = apply(FuseConvBnRelu(), program).program
+    assert "prune before operators are fused" in reasons(couple(fused))["0.weight[0]"]
 
 
 def test_a_rule_of_ones_own_unfreezes_it(monkeypatch):
