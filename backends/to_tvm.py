@@ -70,7 +70,8 @@ class ToTvm:
     # Operators compute in float32 between quantize and dequantize: any grid will do, and rounding
     # what only adds and pools read would cost time and accuracy for nothing.
     scheme: ClassVar[QuantScheme] = QuantScheme(
-        U8_ASYMMETRIC, residual="none", average_pool=False, repeat_behind_movers=False
+        U8_ASYMMETRIC, residual="none", average_pool=False, layer_outputs=False,
+        repeat_behind_movers=False,
     )
 
     def availability(self) -> Availability:

@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.5, help="share of channels to prune")
     parser.add_argument("--epochs", type=int, default=10, help="epochs of recovery")
     options = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     sys.stdout.reconfigure(line_buffering=True)
 
     model, inputs = factory()

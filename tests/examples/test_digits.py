@@ -57,8 +57,8 @@ def test_the_committed_weights_reach_the_stated_accuracy(digits):
     assert not model.training
     assert model(*inputs).shape == (8, 10)
     assert sum(p.numel() for p in model.parameters()) == 114_282
-    # 396 of 400; another machine's rounding may move an image on the border.
-    assert digits.accuracy(model, digits.test_set()) == pytest.approx(0.99, abs=0.0051)
+    # 397 of 400; another machine's rounding may move an image on the border.
+    assert digits.accuracy(model, digits.test_set()) == pytest.approx(0.9925, abs=0.0051)
 
 
 def test_accuracy_tells_a_broken_network(digits):
