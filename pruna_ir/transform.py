@@ -137,6 +137,9 @@ class Rewrite:
         self._mode = fake_mode(self.program)
         self._stale: set[fx.Node] = set()
         self._taken: set[str] = set(self.program.tensors())
+        self._reads: dict[str, list[fx.Node]] = {}
+        for node in self.program.graph.find_nodes(op="get_attr"):
+            self._reads.setdefault(str(node.target), []).append(node)
 
     # -- reading ---------------------------------------------------------------------------
 
@@ -294,7 +297,12 @@ class Rewrite:
         with self.graph.inserting_before(before):
             node = self.graph.get_attr(unique)
         node.meta["val"] = propagated(self.program, node, self._mode)
+        self._reads.setdefault(unique, []).append(node)
         return node
+
+    def _reads_of(self, name: str) -> list[fx.Node]:
+        """The get_attr nodes of a tensor, without a walk over the graph."""
+        return [node for node in self._reads.get(name, ()) if not node._erased]
 
     def set_tensor(self, name: str, tensor: torch.Tensor) -> None:
         """Give a name another tensor, for all of its readers; shapes follow at `refresh`."""
@@ -302,9 +310,7 @@ class Rewrite:
         if isinstance(old, torch.nn.Parameter) and not isinstance(tensor, torch.nn.Parameter):
             tensor = torch.nn.Parameter(tensor.detach(), requires_grad=old.requires_grad)
         _set_tensor(self.program.module, name, tensor)
-        for node in self.graph.nodes:
-            if node.op == "get_attr" and node.target == name:
-                self._stale.add(node)
+        self._stale.update(self._reads_of(name))
 
     def derive(self, source: fx.Node, tensor: torch.Tensor, reader: fx.Node) -> fx.Node:
         """A node for a changed copy of a parameter, to be read by ``reader`` alone.
@@ -319,11 +325,7 @@ class Rewrite:
         name = str(source.target)
         dtype = self.program.tensor(name).dtype
         rounds = dtype.is_floating_point and tensor.dtype == torch.float64 != dtype
-        readers = [
-            node
-            for get in self.graph.find_nodes(op="get_attr", target=name)
-            for node in get.users
-        ]
+        readers = [node for get in self._reads_of(name) for node in get.users]
         if readers == [reader]:
             self.exact.pop(name, None)
             if rounds:
