@@ -6,7 +6,7 @@ argument is never read by its position: ``Call(program, node).flag("training")``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -42,16 +42,27 @@ def bind_arguments(node: fx.Node) -> dict[str, Any]:
     """
     if not isinstance(node.target, torch._ops.OpOverload):
         raise InvalidIRError(f"{node.name}: {node.target} is not an operator with a schema")
+    return bind_values(node.target, node.args, node.kwargs)
+
+
+def bind_values(
+    target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call by schema name, defaults filled in.
+
+    Raises:
+        InvalidIRError: a required argument is missing.
+    """
     bound: dict[str, Any] = {}
-    for position, argument in enumerate(_arguments(node.target)):
-        if not argument.keyword_only and position < len(node.args):
-            bound[argument.name] = node.args[position]
-        elif argument.name in node.kwargs:
-            bound[argument.name] = node.kwargs[argument.name]
+    for position, argument in enumerate(_arguments(target)):
+        if not argument.keyword_only and position < len(args):
+            bound[argument.name] = args[position]
+        elif argument.name in kwargs:
+            bound[argument.name] = kwargs[argument.name]
         elif argument.has_default:
             bound[argument.name] = argument.default
         else:
-            raise InvalidIRError(f"{node.name}: {node.target} lacks its argument {argument.name}")
+            raise InvalidIRError(f"a call of {target} lacks its argument {argument.name}")
     return bound
 
 

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from pruna_ir.call import Call
+from pruna_ir.call import Call, bind_values
+from pruna_ir.depthwise import ShiftedDepthwise
 from pruna_ir.program import Program, source_line
+from pruna_ir.registry import kernels
 
 aten = torch.ops.aten
 
@@ -61,8 +63,17 @@ class Lifted(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """A call whose dtype arguments say float64 wherever they said a lower precision."""
-        lifted = tuple(_lift_dtype(a) for a in args)
-        return target(*lifted, **{key: _lift_dtype(value) for key, value in kwargs.items()})
+        args = tuple(_lift_dtype(a) for a in args)
+        kwargs = {key: _lift_dtype(value) for key, value in kwargs.items()}
+        if (kernel := kernels().get(target)) is not None and not kernel.primitive:
+            # The reference is the ground truth; fast implementations are not what is lifted.
+            return kernel.reference(**bind_values(target, args, kwargs))
+        return target(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """All outputs."""
+        with ShiftedDepthwise():
+            return super().run(*args, **kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         """One node, shown to the observer."""

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, fx
 
 from pruna_ir.call import bind_arguments
+from pruna_ir.depthwise import ShiftedDepthwise
 from pruna_ir.masked_operators import (
     Masked,
     Operands,
@@ -110,7 +111,7 @@ def masked_reference(
         UnsupportedError: an operator reads dead elements and is not known here, or an output of
             the program would be dead in part.
     """
-    with torch.no_grad():
+    with torch.no_grad(), ShiftedDepthwise():
         return _interpret(program, inputs, removed, observe)
 
 
