@@ -74,11 +74,12 @@ def shifted_sum(
     if multiplier > 1:
         padded = padded.repeat_interleave(multiplier, 1)
     total = x.new_zeros(x.shape[0], weight.shape[0], *sizes)
-    for tap in itertools.product(*(range(k) for k in kernel)):
+    taps = weight.reshape(weight.shape[0], -1)
+    for number, tap in enumerate(itertools.product(*(range(k) for k in kernel))):
         window = padded
         for d, at in enumerate(tap):
             first = dilation[d] * at
             last = first + stride[d] * (sizes[d] - 1)
             window = aten.slice.Tensor(window, 2 + d, first, last + 1, stride[d])
-        total.addcmul_(window, weight[(slice(None), 0, *tap)].reshape(-1, *[1] * rank))
+        total.addcmul_(window, taps[:, number].reshape(-1, *[1] * rank))
     return total if bias is None else total + bias.reshape(-1, *[1] * rank)
