@@ -121,7 +121,11 @@ class Histogram:
             chunk = flat[start : start + _CHUNK]
             work = chunk.to(torch.float64 if chunk.dtype is torch.float64 else torch.float32)
             zeros = work.numel() - int(work.count_nonzero())
-            index = (work * math.ldexp(1.0, -self.exponent)).floor_().sub_(self.first)
+            index = (work * math.ldexp(1.0, -self.exponent)).floor_()
+            if least < 0:
+                # A tiny negative value may underflow to 0 on the way, which is the bin above.
+                index.masked_fill_((index == 0) & (work < 0), -1)
+            index.sub_(self.first)
             self.counts += torch.bincount(index.to(torch.int32), minlength=len(self.counts)).cpu()
             self.counts[-self.first] -= zeros
             self.zeros += zeros

@@ -61,7 +61,7 @@ def test_before_and_after():
     result = folded(program)
     assert print_program(result.program) == (
         "program(input: float32[batch, 3, 5, 5]) {\n"
-        "  %conv2d = aten.conv2d(%input_1, @0.weight, @0.bias) : float32[batch, 4, 3, 3]\n"
+        "  %conv2d = aten.conv2d(%input, @0.weight, @0.bias) : float32[batch, 4, 3, 3]\n"
         "  return output=%conv2d\n"
         "}\n"
         "@0.bias: float32[4]\n"
