@@ -93,6 +93,9 @@ def _run(commands: _Commands[argparse.ArgumentParser]) -> argparse.ArgumentParse
     command.add_argument("--dump-ir", nargs=2, metavar=("before|after|changed", "FOLDER"),
                          help="write the IR around each pass, or what it changed")  # fmt: skip
     command.add_argument("--timing", action="store_true", help="log the seconds of each pass")
+    command.add_argument(
+        "--statistics", action="store_true", help="log which operators each pass added and removed"
+    )
     command.add_argument("--remarks", action="store_true",
                          help="log what passes did, and near misses")  # fmt: skip
     group = command.add_argument_group("artifacts")

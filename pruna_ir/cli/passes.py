@@ -12,7 +12,7 @@ from pruna_ir.cli.accuracy import program_accuracy
 from pruna_ir.cli.console import Console
 from pruna_ir.cost import cost
 from pruna_ir.data import TensorData
-from pruna_ir.instruments import DumpIR, StopAfter, Timing, Watch
+from pruna_ir.instruments import DumpIR, Statistics, StopAfter, Timing, Watch
 from pruna_ir.pipeline import Instrument, Pipeline, Scope, Step
 from pruna_ir.program import Program
 from pruna_ir.report import Size, StepRow
@@ -114,6 +114,8 @@ class _Runs:
         yield WriteReproducer(_free(Path(args.out or ".") / "reproducer"))
         if args.timing:
             yield Timing(self._out.log)
+        if args.statistics:
+            yield Statistics(self._out.log)
         if args.dump_ir:
             when, folder = args.dump_ir
             yield DumpIR(Path(folder) / target if target else Path(folder), when)
