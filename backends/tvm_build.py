@@ -79,7 +79,7 @@ def build(imported: Imported, program: Program, folder: Path, cpu: str = "") -> 
     except Exception as error:
         first = "\n  ".join(str(error).strip().splitlines()[:6])
         raise LoweringError(
-            f"TVM cannot compile the program: {type(error).__name__}: {first}"
+            f"TVM cannot compile the program: {type(error).__name__}: {first}{_remedy(program)}"
         ) from error
     np.savez(folder / PARAMETERS, allow_pickle=False, **imported.parameters)
     rows = [asdict(kernel) for kernel in _kernels(module)]
@@ -167,6 +167,17 @@ def _precision(kind: str, operands: list[Any], result: Any) -> str:
     if kind:
         return next((n for n in ("float32", "float16", "bfloat16") if n in names), "int8")
     return str(getattr(getattr(result, "dtype", result), "dtype", getattr(result, "dtype", "")))
+
+
+def _remedy(program: Program) -> str:
+    """What the user can change, where dynamic dimensions may be what TVM stumbles over."""
+    further = sorted(name for name in program.dims if name != "batch")
+    if not further:
+        return ""
+    return (
+        f"\n  remedy: capture with a fixed size for {', '.join(further)}; TVM compiles a dynamic "
+        "batch, but few programs with further dynamic dimensions"
+    )
 
 
 def _describe(

@@ -351,6 +351,9 @@ def _judge_float(
         limit = FLOAT_FACTOR * max(error, FLOOR_EPS * torch.finfo(own.dtype).eps)
         measured = math.inf if got is None else relative_error(_alike(got, own), reference)
         outcome = "passed" if measured <= limit else "failed"
+        if outcome == "passed" and not bool(reference.any()):
+            # Nothing but zeros, as from a head that was initialised so: agreement proves nothing.
+            outcome = "inconclusive"
         if not limit <= WIDEST_LIMIT:
             # Too wide to prove anything, but NaN and wrong shapes are wrong under any limit.
             outcome = "failed" if math.isinf(measured) > math.isinf(error) else "inconclusive"
@@ -452,7 +455,7 @@ def _verdict(program: Program, comparisons: Sequence[Comparison]) -> tuple[Verdi
     for spec in program.outputs:
         if spec.name not in proven:
             return Verdict.NOT_RUN, (
-                f"output {spec.name} could not be judged: the program's own noise is too large "
-                "on every stimulus; give data that it was made for"
+                f"output {spec.name} could not be judged: on every stimulus it is all zeros or "
+                "the program's own noise is too large; give data that it was made for, and weights"
             )
     return Verdict.PASSED, ""

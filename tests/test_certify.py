@@ -285,3 +285,20 @@ def test_equal_seeds_give_equal_certificates():
     program = quantised_net()
     first, second = (certify(program, runner(program), seed=3) for _ in range(2))
     assert first == second
+
+
+def test_an_output_of_nothing_but_zeros_proves_nothing():
+    class Zero(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = torch.nn.Linear(3, 2)
+            torch.nn.init.zeros_(self.head.weight)
+            torch.nn.init.zeros_(self.head.bias)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(x)
+
+    program = capture(Zero(), (torch.randn(2, 3),))
+    certificate = certify(program, runner(program))
+    assert certificate.verdict is Verdict.NOT_RUN
+    assert "all zeros" in certificate.reason
