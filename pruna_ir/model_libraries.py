@@ -75,10 +75,14 @@ def _transformers(text: str) -> Model:
     transformers = _import("transformers")
     transformers.logging.set_verbosity_error()
     path = Path(text)
-    config = _config_file(transformers, path) if path.exists() else _config(transformers, text)
+    # A folder that merely bears an architecture's name, such as an output folder, is none.
+    local = path.exists() and (
+        text not in transformers.CONFIG_MAPPING or (path / "config.json").is_file()
+    )
+    config = _config_file(transformers, path) if local else _config(transformers, text)
     _set(config, "use_cache", value=False)
     module = _build(transformers, config)
-    if path.is_dir():
+    if local and path.is_dir():
         _weights_beside(module, path)
     args, kwargs = _token_inputs(module, config)
     return Model(module, args, kwargs)

@@ -260,3 +260,16 @@ def test_malformed_shapes_are_refused(text: str) -> None:
 def test_malformed_dynamic_dimensions_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is not a dynamic dimension"):
         parse_dynamic([text])
+
+
+def test_a_folder_that_merely_bears_an_architectures_name_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "distilbert").mkdir()
+    (tmp_path / "other").mkdir()
+    with pytest.raises(CaptureError, match=r"other/config.json: is not a readable config"):
+        resolve("hf:other")
+    model = resolve("hf:distilbert")
+    assert isinstance(model, Model)
+    assert model.module.config.model_type == "distilbert"
