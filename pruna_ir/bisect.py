@@ -8,7 +8,6 @@ node remembers the name of the one whose value it computes); the first that diff
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +15,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from pruna_ir.checks import CheckReport, check
+from pruna_ir.checks import CheckReport
 from pruna_ir.equivalence import LIFTED_TOLERANCE, relative_error, run_float64
+from pruna_ir.errors import VerificationError
 from pruna_ir.instruments import Watch
 from pruna_ir.pipeline import Failure, Pipeline, Step
 from pruna_ir.printer import print_node
 from pruna_ir.program import Program, source_line
+from pruna_ir.spec import print_pass
 from pruna_ir.stimuli import Stimulus, stimuli
-from pruna_ir.transform import COMPUTES, Context, Effect, Oracle, Pass, PassResult, apply
+from pruna_ir.transform import COMPUTES, Context, Effect, Oracle
 
 
 @dataclass(frozen=True)
@@ -125,14 +126,19 @@ class Explain(Watch):
 
     def failed(self, failure: Failure) -> str:
         """The first diverging node, where a promise was checked and broken."""
-        if failure.after is None or failure.report is None:
-            return ""
-        if failure.report.effect is Effect.BOUNDED:
-            return ""
-        found = first_divergence(
-            failure.before, failure.after, failure.context, failure.oracle, exact=failure.exact
-        )
+        found = _divergence(failure)
         return f"  {found}" if found is not None else ""
+
+
+def _divergence(failure: Failure) -> Divergence | None:
+    """Where a broken promise first shows; None for passes that may differ everywhere."""
+    if failure.after is None or failure.report is None:
+        return None
+    if failure.report.effect is Effect.BOUNDED:
+        return None
+    return first_divergence(
+        failure.before, failure.after, failure.context, failure.oracle, exact=failure.exact
+    )
 
 
 @dataclass(frozen=True)
@@ -153,43 +159,30 @@ class Culprit:
 def bisect(pipeline: Pipeline, program: Program, context: Context | None = None) -> Culprit | None:
     """The culprit among a pipeline's passes, or None where every promise holds.
 
-    Passes run unchecked first; then each is checked, in order, up to the first that fails.
+    Passes run in order, each checked, up to the first whose check fails.
     """
-    context = context or Context()
-    runs = _Recorder()
-    pipeline.run(program, context, instruments=[runs], check_each=False, verify_each=False)
-    for position, (step, before) in enumerate(runs.seen, 1):
-        if not step.modified:
-            continue
-        result = _again(runs, position, before, context)
-        report = check(
-            runs.passes[position - 1], before, result.program, result.oracle, context, result.exact
-        )
-        if not report.passed or math.isnan(report.measured):
-            found = None
-            if report.effect is not Effect.BOUNDED:
-                found = first_divergence(
-                    before, result.program, context, result.oracle, exact=result.exact
-                )
-            return Culprit(position, step.text, report, found)
-    return None
+    watch = _FirstFailure()
+    try:
+        pipeline.run(program, context, instruments=[watch], verify_each=False)
+    except VerificationError:
+        if watch.culprit is None:
+            raise
+    return watch.culprit
 
 
-class _Recorder(Watch):
-    """Remembers every pass, its step and the program it got."""
+class _FirstFailure(Watch):
+    """Remembers the pass whose check failed."""
 
     def __init__(self) -> None:
-        self.passes: list[Pass] = []
-        self.seen: list[tuple[Step, Program]] = []
-
-    def before(self, pass_: Pass, program: Program) -> None:  # noqa: ARG002
-        self.passes.append(pass_)
+        self.culprit: Culprit | None = None
+        self._passed = 0
 
     def after(self, step: Step, before: Program, program: Program) -> None:  # noqa: ARG002
-        self.seen.append((step, before))
+        self._passed += 1
 
-
-def _again(runs: _Recorder, position: int, before: Program, context: Context) -> PassResult:
-    """The pass's result once more (passes are deterministic), with its oracle."""
-    step, _ = runs.seen[position - 1]
-    return apply(runs.passes[position - 1], before, context, scope=step.scopes)
+    def failed(self, failure: Failure) -> str:
+        if failure.report is not None:
+            self.culprit = Culprit(
+                self._passed + 1, print_pass(failure.pass_), failure.report, _divergence(failure)
+            )
+        return ""

@@ -301,7 +301,6 @@ def _name_tensors_once(module: fx.GraphModule) -> None:
     for node in sorted(nodes, key=lambda n: str(n.target)):
         first = seen.setdefault(id(reduce(getattr, str(node.target).split("."), module)), node)
         if first is not node:
-            nodes[0].prepend(first)
             if first is not nodes[0]:
                 nodes[0].prepend(first)
             node.replace_all_uses_with(first)
