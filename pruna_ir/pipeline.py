@@ -61,7 +61,6 @@ class Step:
     nodes_before: int
     nodes_after: int
     remarks: tuple[Remark, ...]
-    scopes: tuple[str, ...] = ()
     verified: bool = False
     check: CheckReport | None = None
 
@@ -226,7 +225,7 @@ class _Run:
         step = Step(
             pass_.name, print_pass(pass_), result.modified, result.seconds,
             len(before.graph.nodes), len(result.program.graph.nodes), result.remarks,
-            scopes, verified=self._verify and result.modified, check=report,
+            verified=self._verify and result.modified, check=report,
         )  # fmt: skip
         self.steps.append(step)
         self.program = result.program

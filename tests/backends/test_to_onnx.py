@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -15,9 +16,6 @@ from pruna_ir.errors import LoweringError
 from pruna_ir.lowering import LoadOptions
 from tests import networks, quantised
 from tests.backends import runtime_cases as cases
-
-onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
 
 conv_net = cache(networks.conv_net)
 quantised_net = cache(quantised.quantised_net)

@@ -19,8 +19,6 @@ from pruna_ir.lowering import LoadOptions
 from tests import networks, quantised
 from tests.backends import runtime_cases as cases
 
-pytest.importorskip("openvino")
-
 conv_net = cache(networks.conv_net)
 quantised_net = cache(quantised.quantised_net)
 
