@@ -39,10 +39,7 @@ from pruna_ir.masked_operators import (
     refusal,
     wrap,
 )
-from pruna_ir.program import Program
-
-Removed = Mapping[str, Mapping[int, Sequence[int]]]
-"""Tensor name -> dimension -> removed indices."""
+from pruna_ir.program import Program, Removed
 
 
 @dataclass(frozen=True)

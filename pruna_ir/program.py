@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -56,6 +56,23 @@ class Applied:
     after: str
 
 
+Removed = Mapping[str, Mapping[int, Sequence[int]]]
+"""Tensor name -> dimension -> removed indices."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a program was pruned from, for passes that mend what pruning cost.
+
+    Attributes:
+        program: the unpruned program; its tensors are shared, not copied.
+        removed: what the pruned program lacks, numbered as in the unpruned one.
+    """
+
+    program: Program
+    removed: Removed
+
+
 @dataclass(frozen=True)
 class Program:
     """A captured model as a value.
@@ -69,6 +86,8 @@ class Program:
         history: the passes that made this program, oldest first.
         attributes: facts that passes state about the whole program, such as
             ``{"quantized-for": "onnx"}``.
+        origin: set by pruning passes; the next pass drops it unless it works layer by layer
+            (`Rewrite.set_origin`). It is not saved.
     """
 
     module: fx.GraphModule
@@ -78,6 +97,7 @@ class Program:
     dims: Mapping[str, DimRange] = field(default_factory=dict)
     history: tuple[Applied, ...] = ()
     attributes: Mapping[str, str] = field(default_factory=dict)
+    origin: Origin | None = field(default=None, repr=False, compare=False)
 
     @property
     def graph(self) -> fx.Graph:

@@ -20,7 +20,7 @@ from torch import fx
 from pruna_ir.call import Call, bind_arguments, unbind_arguments
 from pruna_ir.errors import PassError
 from pruna_ir.printer import print_node
-from pruna_ir.program import Applied, Program, module_path, source_line
+from pruna_ir.program import Applied, Origin, Program, module_path, source_line
 from pruna_ir.propagate import fake_mode, propagated, same_value
 from pruna_ir.spec import print_pass
 
@@ -132,6 +132,7 @@ class Rewrite:
         self.remarks: list[Remark] = []
         self.oracle: Oracle | None = None
         self.exact: dict[str, torch.Tensor] = {}
+        self._origin: Origin | None = None
         self._pass_name = pass_name
         self._scope = scope
         self._mode = fake_mode(self.program)
@@ -191,6 +192,10 @@ class Rewrite:
         """State a fact about the whole program, such as ``"quantized-for"``: ``"onnx"``."""
         attributes = {**self.program.attributes, key: value}
         self.program = replace(self.program, attributes=attributes)
+
+    def set_origin(self, origin: Origin | None) -> None:
+        """State what the new program was pruned from; without this call it has no origin."""
+        self._origin = origin
 
     # -- editing ---------------------------------------------------------------------------
 
@@ -351,7 +356,7 @@ class Rewrite:
         remove_dead_nodes(self.graph)
         self.refresh()
         module = fx.GraphModule(self.program.module, self.graph, class_name="Program")
-        return replace(self.program, module=module)
+        return replace(self.program, module=module, origin=self._origin)
 
     def refresh(self) -> None:
         """Propagate shapes from every changed node to all that depend on it."""
