@@ -1,81 +1,179 @@
-"""Importance of channels: how much each unit of a coupled group matters, by weight magnitude.
+"""Importance: one number for every unit of a coupled group; larger matters more.
 
-For a unit u of a group whose channels are produced by the weights W_1 ... W_n (the filters of a
-convolution, the rows of a linear layer; all rows of a head of the query, key and value
-projections count as one), with W_i[u] the entries of W_i that produce u:
+A *criterion* gives each scored member (or consumer) i of a group a score s_i(u) of each unit u.
+These are first normalised over the group, then aggregated over the members, and with ``lamp``
+made comparable over groups:
 
-    s_i(u) = ||W_i[u]||_p          p = 1: Li et al., Pruning Filters for Efficient ConvNets,
-                                   ICLR 2017, section 3.1; p = 2: the Euclidean norm
-    I(u)   = mean_i s_i(u) / mean_v s_i(v)
+    none    I(u) = agg_i s_i(u)
+    mean    I(u) = agg_i s_i(u) / mean_v |s_i(v)|
+    max     I(u) = agg_i s_i(u) / max_v |s_i(v)|
+    sum     I(u) = agg_i s_i(u) / sum_v |s_i(v)|
+    lamp    A(u) = mean's I(u);  I(u) = A(u)^p / sum_{v: A(v) >= A(u)} A(v)^p
 
-Each weight's scores are scaled to mean 1 before they are averaged over the coupled weights, so
-that no weight of a group dominates by its scale or size. Averaging over everything that is removed
-together is the group view of Fang et al., DepGraph, CVPR 2023, section 3.4. The scaling also makes
-scores of different groups comparable: a global ranking compares channels relative to their group.
-
-Limits: magnitudes only; activations, gradients and the scale of a following batch norm are not
-looked at (fold it first to include it).
+with agg one of sum, mean and max over i. ``mean`` lets no member of a group dominate by its scale
+or size, and lets a global ranking compare channels relative to their group; ``none`` keeps the
+criterion's own scale, which for criteria of the loss (taylor, fisher, gauss-newton) compares
+channels of all groups by what their removal costs. ``lamp`` is Lee et al., Layer-adaptive Sparsity
+for the Magnitude-based Pruning, ICLR 2021, equation 4, on units in place of weights; p = 2 for
+scores that are norms and 1 for scores that are energies already, so that A^p is an energy. Equal
+scores are ranked by their index. Averaging over everything that is removed together is the group
+view of Fang et al., DepGraph, CVPR 2023, section 3.4.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+import numpy as np
 import torch
 
-from pruna_ir.coupling import Group, Member
+from pruna_ir.coupling import Coupling, Group
+from pruna_ir.errors import UsageError
+from pruna_ir.passes import criteria
+from pruna_ir.passes.scored_members import Candidates, Parts, Scores
 from pruna_ir.program import Program
+from pruna_ir.registry import unknown
+from pruna_ir.transform import Context
 
-CRITERIA: dict[str, float] = {"l1": 1.0, "l2": 2.0}
-"""Criterion to the order p of its norm."""
+T = TypeVar("T")
+
+AGGREGATIONS = ("mean", "sum", "max")
+"""How the scores of a group's members become one."""
+NORMALISATIONS = ("mean", "max", "sum", "none", "lamp")
+"""How scores are scaled before (and for ``lamp`` after) they are aggregated."""
 
 
-def importance(program: Program, group: Group, order: float) -> torch.Tensor:
-    """One score a unit of the group, [units] in float64; larger matters more.
+@dataclass(frozen=True)
+class Criterion:
+    """One way to score units.
+
+    Attributes:
+        name: what users call it.
+        needs: ``nothing``, or what of the calibration data: ``activations`` or ``gradients``.
+        formula: the score of a unit u.
+        source: the paper.
+        power: the power of a score that is an energy: 2 for norms, 1 for energies.
+        parts: for every group, the scores that its scored members give.
+    """
+
+    name: str
+    needs: Literal["nothing", "activations", "gradients"]
+    formula: str
+    source: str
+    power: int
+    parts: Callable[[Candidates], list[Parts]] = field(repr=False)
+
+
+CRITERIA: Mapping[str, Criterion] = {
+    criterion.name: criterion
+    for criterion in (
+        Criterion("random", "nothing", "U[0, 1)", "the baseline", 1, criteria.random),
+        Criterion("l1", "nothing", "sum |w|", "Li et al., ICLR 2017", 2, criteria.l1),
+        Criterion("l2", "nothing", "sqrt(sum w^2)", "Li et al., ICLR 2017", 2, criteria.l2),
+    )
+}
+"""Every criterion by name."""
+
+
+def scores(
+    program: Program,
+    coupling: Coupling,
+    groups: Sequence[Group],
+    criterion: str,
+    *,
+    context: Context,
+    aggregate: str = "mean",
+    normalise: str = "mean",
+) -> list[Scores]:
+    """The importance of every unit of every group, [units] in float64 for each.
 
     Args:
-        program: the program that the group belongs to.
-        group: a group of its coupling.
-        order: the p of the norm.
+        program: the program; it is only read.
+        coupling: its coupling.
+        groups: groups of the coupling.
+        criterion: a name of `CRITERIA`.
+        context: the calibration data for criteria that need it, and the seed.
+        aggregate: one of `AGGREGATIONS`.
+        normalise: one of `NORMALISATIONS`.
 
-    Weights (two or more dimensions) count; where the channels are produced by none, everything
-    that carries them does.
+    Raises:
+        UsageError: an unknown name; the criterion needs data and there is none; it cannot score
+            one of the groups.
+
+    >>> from pruna_ir import capture
+    >>> from pruna_ir.coupling import couple
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0, 2.0], [4.0, -5.0]]))
+    >>> program = capture(model, (torch.zeros(2, 2),))
+    >>> coupling = couple(program)
+    >>> [group.name for group in coupling.groups[:1]]
+    ['0.weight[0]']
+    >>> scores(program, coupling, coupling.groups[:1], "l1", context=Context())
+    [array([0.5, 1.5])]
     """
-    scores = []
-    for member in _scored(program, group):
-        score = norms(program.tensor(member.tensor), member, order)
-        mean = score.mean()
-        scores.append(score / mean if mean > 0 else torch.ones_like(score))
-    return torch.stack(scores).mean(0)
+    chosen = _named("criterion", criterion, CRITERIA)
+    _named("aggregation", aggregate, dict.fromkeys(AGGREGATIONS, ""))
+    _named("normalisation", normalise, dict.fromkeys(NORMALISATIONS, ""))
+    if chosen.needs != "nothing" and context.data is None:
+        raise UsageError(
+            f"criterion {criterion} needs {chosen.needs}, but there is no calibration data; give "
+            "it with --data FILE.npz or Context(data=...)"
+        )
+    parts = chosen.parts(Candidates(program, coupling, groups, context))
+    return [combined(each, aggregate, normalise, chosen.power) for each in parts]
 
 
-def norms(tensor: torch.Tensor, member: Member, order: float) -> torch.Tensor:
-    """The p-norm of a tensor's entries that belong to each unit, [units] in float64.
+def _named(kind: str, name: str, known: Mapping[str, T]) -> T:
+    if name not in known:
+        raise UsageError(unknown(kind, name, known))
+    return known[name]
 
-    >>> import numpy as np
-    >>> halves = Member("weight", 0, np.array([[0, 1], [2, 3]]), produced=True)
-    >>> norms(torch.tensor([[3.0], [-4.0], [0.0], [1.0]]), halves, 2.0)
-    tensor([5., 1.], dtype=torch.float64)
+
+def combined(parts: Parts, aggregate: str, normalise: str, power: int = 1) -> Scores:
+    """One score a unit from the scores of its members; see the module's text.
+
+    >>> combined([np.array([1.0, 3.0]), np.array([4.0, 0.0])], "mean", "mean")
+    array([1.25, 0.75])
+    >>> combined([np.array([1.0, 3.0])], "mean", "lamp", power=1)
+    array([0.25, 1.  ])
     """
-    others = [dim for dim in range(tensor.dim()) if dim != member.dim]
-    entries = tensor.detach()
-    each = (
-        torch.linalg.vector_norm(entries, order, others, dtype=torch.float64)
-        if others
-        else entries.double().abs()
-    )
-    index = torch.from_numpy(member.indices).to(each.device)
-    units: torch.Tensor = torch.linalg.vector_norm(each[index], order, 1)
-    return units.cpu()
+    scaled = np.stack([_scaled(part, normalise) for part in parts])
+    together: Scores
+    if aggregate == "max":
+        together = scaled.max(0)
+    else:
+        together = scaled.mean(0) if aggregate == "mean" else scaled.sum(0)
+    return _lamp(together, power) if normalise == "lamp" else together
 
 
-def _scored(program: Program, group: Group) -> list[Member]:
-    weights = [m for m in group.members if program.tensor(m.tensor).dim() > 1]
-    produced = [m for m in weights if m.produced]
-    return _once(program, produced or weights or list(group.members))
+def _scaled(part: Scores, normalise: str) -> Scores:
+    if normalise == "none":
+        return part
+    size = np.abs(part)
+    if normalise == "max":
+        total = float(size.max())
+    else:
+        total = float(size.sum() if normalise == "sum" else size.mean())
+    if total > 0:
+        return part / total
+    # All are alike.
+    return np.full_like(part, 1 / len(part) if normalise == "sum" else 1.0)
 
 
-def _once(program: Program, members: list[Member]) -> list[Member]:
-    """Members without repeats of a tensor that has several names."""
-    seen: dict[tuple[int, int], Member] = {}
-    for member in members:
-        seen.setdefault((program.tensor(member.tensor).data_ptr(), member.dim), member)
-    return list(seen.values())
+def _lamp(score: Scores, power: int) -> Scores:
+    """Each score's energy over that of all scores not below it."""
+    shifted = score - min(float(score.min()), 0.0)
+    energy = shifted**power
+    order = np.argsort(score, kind="stable")
+    tail = np.cumsum(energy[order][::-1])[::-1]
+    result = np.ones_like(score)
+    result[order] = np.divide(energy[order], tail, out=np.ones_like(tail), where=tail > 0)
+    return result
+
+
+def importance(program: Program, group: Group, order: Criterion) -> torch.Tensor:
+    """The default scores of one group by a criterion of the weights."""
+    candidates = Candidates(program, None, [group], Context())  # type: ignore[arg-type]
+    return torch.from_numpy(combined(order.parts(candidates)[0], "mean", "mean", order.power))

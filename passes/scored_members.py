@@ -1,0 +1,84 @@
+"""Which members of a coupled group a criterion scores, and how a tensor's entries become units.
+
+A unit u of a group owns, in a member tensor W, the entries at its indices along the member's
+dimension (a filter, the rows of a head, the columns of a consumer). Every criterion of weights
+is a sum over these entries: the other dimensions are reduced first, then the indices, so that no
+channel is visited by Python.
+
+A tensor that goes by several names (tied weights) counts once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pruna_ir.coupling import Coupling, Group, Member
+from pruna_ir.program import Program
+from pruna_ir.transform import Context
+
+Scores = np.ndarray[Any, np.dtype[np.float64]]
+"""One number a unit, [units]."""
+
+Parts = list[Scores]
+"""The scores that the scored members (or consumers) of one group give to its units."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a criterion is asked to score: groups of the coupling of a program, and with what."""
+
+    program: Program
+    coupling: Coupling
+    groups: Sequence[Group]
+    context: Context
+
+
+def producers(program: Program, group: Group) -> list[Member]:
+    """The weights (two or more dimensions) that produce the channels, each tensor once.
+
+    Where there are none: the weights that read them; where there are none either: every member.
+    """
+    weights = [m for m in group.members if program.tensor(m.tensor).dim() > 1]
+    produced = [m for m in weights if m.produced]
+    return once(program, produced or weights or group.members)
+
+
+def once(program: Program, members: Iterable[Member]) -> list[Member]:
+    """Members without repeats of a tensor that has several names."""
+    seen: dict[tuple[int, int], Member] = {}
+    for member in members:
+        seen.setdefault((program.tensor(member.tensor).data_ptr(), member.dim), member)
+    return list(seen.values())
+
+
+def per_index(entries: torch.Tensor, dim: int) -> torch.Tensor:
+    """The sum of a tensor's entries at each index of one dimension, [size] in float64.
+
+    >>> per_index(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 1)
+    tensor([4., 6.], dtype=torch.float64)
+    """
+    others = [k for k in range(entries.dim()) if k != dim]
+    return entries.sum(others, dtype=torch.float64) if others else entries.double()
+
+
+def per_unit(each: torch.Tensor, member: Member) -> Scores:
+    """The sum over each unit's indices of one number an index, [units] in float64.
+
+    >>> halves = Member("weight", 0, np.array([[0, 1], [2, 3]]), produced=True)
+    >>> per_unit(torch.tensor([1.0, 2.0, 3.0, 4.0]), halves)
+    array([3., 7.])
+    """
+    values: Scores = each.detach().double().cpu().numpy()
+    return np.asarray(values[member.indices].sum(1))
+
+
+def unit_rows(tensor: torch.Tensor, member: Member) -> torch.Tensor:
+    """The entries of each unit side by side, [units, entries per unit]."""
+    index = torch.from_numpy(member.indices.reshape(-1)).to(tensor.device)
+    rows = tensor.detach().movedim(member.dim, 0).index_select(0, index)
+    return rows.reshape(len(member.indices), -1)
