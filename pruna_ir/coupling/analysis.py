@@ -119,7 +119,7 @@ class Coupling:
         found = []
         for node, ids in self.blocks:
             units = self.solved.unit[ids]
-            if gone[units].all():
+            if units.size and gone[units].all():
                 found.append((node, np.unique(units)))
         return found
 

@@ -227,6 +227,8 @@ def _states(ids: Ids, labels: Ids, frozen: Mask) -> Ids:
 
 
 def _varying(states: Ids) -> list[int]:
+    if not states.size:
+        return []
     return [k for k in range(states.ndim) if (states != states.take([0], axis=k)).any()]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from pruna_ir.coupling.rule import Edit, Result, Rule, Site
-from pruna_ir.coupling.value import Block, Factor, Ids, Mask, Value
+from pruna_ir.coupling.value import Block, Factor, Ids, Mask, Value, common_parts
 
 aten = torch.ops.aten
 
@@ -281,7 +281,7 @@ def _rest(site: Site, values: list[Value], dim: int, others: list[int]) -> Value
             values[0], others, _own_factor(values[k], dim), others
         )
     for k in range(1, len(values)):
-        values[k] = _onto(site, values[k], values[0], others)
+        values[k] = _onto(values[k], values[0], others)
     first = values[0]
     shared = {f for d in others for f in first.dims[d]}
     blocks = tuple(b for b in first.blocks if all(f in shared for f in b.factors))
@@ -295,10 +295,16 @@ def _own_factor(value: Value, dim: int) -> Value:
     return value.split({f: (Factor(f.size),) for f in value.dims[dim]})
 
 
-def _onto(site: Site, value: Value, first: Value, others: list[int]) -> Value:
-    """The value once more aligned to the first operand, whose factors may since be finer."""
-    _, aligned = site.algebra.align(first, others, value, others)
-    return aligned
+def _onto(value: Value, first: Value, others: list[int]) -> Value:
+    """The value on the factors of the first operand, which are as fine as any operand's."""
+    value = value.renamed()
+    translated: dict[Factor, tuple[Factor, ...]] = {}
+    for d in others:
+        parts = common_parts(first.dims[d], value.dims[d])
+        assert parts is not None, "aligned operands have a common refinement"
+        origin = {shared: mine for mine, (shared,) in parts[0].items()}
+        translated |= {f: tuple(origin[s] for s in split) for f, split in parts[1].items()}
+    return value.split(translated)
 
 
 def _joined_blocks(
