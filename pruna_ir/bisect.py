@@ -134,7 +134,7 @@ def _divergence(failure: Failure) -> Divergence | None:
     """Where a broken promise first shows; None for passes that may differ everywhere."""
     if failure.after is None or failure.report is None:
         return None
-    if failure.report.effect is Effect.BOUNDED:
+    if failure.report.effect in (Effect.BOUNDED, Effect.FITTED):
         return None
     return first_divergence(
         failure.before, failure.after, failure.context, failure.oracle, exact=failure.exact

@@ -5,6 +5,7 @@
               against float64 stays within a factor of the reference's own
     BOUNDED   signal-to-quantisation-noise ratio of every output >= the pass's budget
     ORACLE    lifted to float64, equal to the oracle that the pass stated, <= 1e-9
+    FITTED    every test that the pass stated (`Assurance`) holds on the calibration data
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pruna_ir.equivalence import (
 from pruna_ir.errors import VerificationError
 from pruna_ir.program import Program
 from pruna_ir.stimuli import Stimulus, stimuli
-from pruna_ir.transform import Context, Effect, Oracle, Pass
+from pruna_ir.transform import Assurance, Context, Effect, Finding, Oracle, Pass
 
 ORACLE_TOLERANCE = LIFTED_TOLERANCE
 
@@ -39,9 +40,10 @@ class CheckReport:
 
     Attributes:
         effect: the promise.
-        measured: the worst figure over outputs and stimuli: a relative error, or dB for BOUNDED.
+        measured: the worst figure over outputs and stimuli: a relative error, or dB for BOUNDED;
+            for FITTED, that of the stated test which is nearest to its limit or furthest above.
         limit: what it was compared with.
-        where: the stimulus and output of the worst figure.
+        where: the stimulus and output of the worst figure, or the name of the stated test.
         passed: the verdict.
         rounding: for ROUNDING: the worst ratio of working-precision errors, new over old.
         gates: the gates of the program before the pass that were seen on one side only.
@@ -72,18 +74,23 @@ def check(
     oracle: Oracle | None = None,
     context: Context | None = None,
     exact: Mapping[str, torch.Tensor] | None = None,
+    assurances: Sequence[Assurance] = (),
 ) -> CheckReport:
     """Test a pass's promise on the program before and after it.
 
-    ``exact`` is `PassResult.exact`: the unrounded values of the tensors that the pass computed.
+    ``exact`` is `PassResult.exact`: the unrounded values of the tensors that the pass computed;
+    ``assurances`` is `PassResult.assurances`: the tests that a FITTED pass stated.
 
     With data in the context, its first batch is a stimulus as well, and for BOUNDED passes the
     only one: a quantised program promises nothing outside the range that it was calibrated for.
 
     Raises:
-        VerificationError: an ORACLE pass stated no oracle.
+        VerificationError: an ORACLE pass stated no oracle, or a FITTED pass no test.
     """
     context = context or Context()
+    if pass_.effect is Effect.FITTED:
+        found = [f for assurance in assurances for f in assurance(before, after, context)]
+        return _fitted(pass_, found)
     inputs = _inputs(pass_.effect, before, context)
     if pass_.effect is Effect.EXACT:
         return _exact(before, after, inputs)
@@ -188,6 +195,23 @@ def _bounded(
             found.append((sqnr_db(a, b), _place(stimulus, before, position)))
     measured, where = _worst(found, smallest=True)
     return CheckReport(Effect.BOUNDED, measured, budget, where, measured >= budget)
+
+
+def _fitted(pass_: Pass, found: Sequence[Finding]) -> CheckReport:
+    if not found:
+        raise VerificationError(f"{pass_.name} did not state what holds of the result")
+    worst = max(found, key=_excess)
+    passed = all(f.measured <= f.limit for f in found)
+    return CheckReport(Effect.FITTED, worst.measured, worst.limit, worst.what, passed)
+
+
+def _excess(finding: Finding) -> float:
+    """How far a figure is along to its limit; infinite for NaN."""
+    if math.isnan(finding.measured):
+        return math.inf
+    if finding.limit == 0.0:
+        return math.inf if finding.measured > 0.0 else 0.0
+    return finding.measured / finding.limit
 
 
 def _oracle(

@@ -259,7 +259,7 @@ class _Run:
             if self._check:
                 report = check(
                     pass_, self.program, result.program, result.oracle, self._context,
-                    result.exact,
+                    result.exact, result.assurances,
                 )  # fmt: skip
         except PrunaError as error:
             found = Failure(

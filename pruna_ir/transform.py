@@ -42,6 +42,9 @@ class Effect(enum.Enum):
     """An approximation within the pass's budget (`Pass.min_sqnr_db`)."""
     ORACLE = "oracle"
     """Another function, which the pass states exactly (`Rewrite.promise`)."""
+    FITTED = "fitted"
+    """Another function, fitted to the calibration data; what must hold of it on that data, the
+    pass states as tests (`Rewrite.assure`)."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,20 @@ COMPUTES = "computes"
 
 Oracle = Callable[[Program, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]
 """Maps the program before the pass, and inputs, to the float64 outputs that it must now have."""
+
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a test of a FITTED pass found: ``measured`` must not be above ``limit`` (nor NaN)."""
+
+    what: str
+    measured: float
+    limit: float
+
+
+Assurance = Callable[[Program, Program, "Context"], Sequence[Finding]]
+"""Tests a FITTED pass on the program before it, the one after it, and the context's data."""
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(what, done, total)`` during long work."""
@@ -131,6 +148,7 @@ class Rewrite:
         self.context = context
         self.remarks: list[Remark] = []
         self.oracle: Oracle | None = None
+        self.assurances: list[Assurance] = []
         self.exact: dict[str, torch.Tensor] = {}
         self._origin: Origin | None = None
         self._pass_name = pass_name
@@ -187,6 +205,14 @@ class Rewrite:
     def promise(self, oracle: Oracle) -> None:
         """State exactly what the program now computes; ORACLE passes that change it must."""
         self.oracle = oracle
+
+    def assure(self, assurance: Assurance) -> None:
+        """State something that must hold of the result; FITTED passes that change it must.
+
+        The test recomputes from the programs and the data alone what it compares: it reuses no
+        figure of the pass.
+        """
+        self.assurances.append(assurance)
 
     def set_attribute(self, key: str, value: str) -> None:
         """State a fact about the whole program, such as ``"quantized-for"``: ``"onnx"``."""
@@ -446,6 +472,7 @@ class PassResult:
     seconds: float
     oracle: Oracle | None = field(default=None, repr=False)
     exact: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    assurances: tuple[Assurance, ...] = field(default=(), repr=False)
 
 
 def apply(
@@ -454,7 +481,8 @@ def apply(
     """Run one pass; the program given stays as it is.
 
     Raises:
-        PassError: the pass refuses the program, or an ORACLE pass changed it without a promise.
+        PassError: the pass refuses the program, or an ORACLE or FITTED pass changed it without
+            stating what holds of the result.
     """
     start = time.perf_counter()
     rw = Rewrite(program, pass_.name, context or Context(), scope)
@@ -464,9 +492,12 @@ def apply(
     modified = before_hash != after_hash
     if modified and pass_.effect is Effect.ORACLE and rw.oracle is None:
         raise PassError(f"{pass_.name} changed the function without stating what it now computes")
+    if modified and pass_.effect is Effect.FITTED and not rw.assurances:
+        raise PassError(f"{pass_.name} changed the function without stating what holds of it")
     if modified:
         after = after.with_history(Applied(print_pass(pass_), before_hash, after_hash))
     seconds = time.perf_counter() - start
     return PassResult(
-        after if modified else program, tuple(rw.remarks), modified, seconds, rw.oracle, rw.exact
-    )
+        after if modified else program, tuple(rw.remarks), modified, seconds, rw.oracle, rw.exact,
+        tuple(rw.assurances),
+    )  # fmt: skip

@@ -27,6 +27,10 @@ _PROMISES = {
     Effect.ORACLE: (
         "another function that the pass states exactly; checked against that statement in float64"
     ),
+    Effect.FITTED: (
+        "another function, fitted to the calibration data; checked by the tests that the pass "
+        "states of it, on that data"
+    ),
 }
 
 

@@ -56,8 +56,8 @@ def read_data(path: Path | None, program: Program, batch_size: int) -> TensorDat
 
 
 def needs_data(pipeline: Pipeline) -> bool:
-    """Whether a pass approximates, and so must know what real inputs look like."""
-    return any(pass_.effect is Effect.BOUNDED for pass_ in pipeline.passes())
+    """Whether a pass approximates or fits, and so must know what real inputs look like."""
+    return any(pass_.effect in (Effect.BOUNDED, Effect.FITTED) for pass_ in pipeline.passes())
 
 
 def calibration(program: Program, seed: int) -> TensorData:
