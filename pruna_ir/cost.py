@@ -32,6 +32,11 @@ from pruna_ir.program import Program, module_path
 aten = torch.ops.aten
 
 Shape = tuple[int, ...]
+
+Resize = Callable[[fx.Node, Any], Any]
+"""The sizes of a node's value after a change yet to be made, from those that it has: a shape, or
+a list of shapes where the node returns several tensors."""
+
 _FAKE_QUANT = "pruna.fake_quant.default"
 
 
@@ -66,44 +71,47 @@ class Cost:
     uncounted: tuple[str, ...] = ()
 
 
-def cost(program: Program, sizes: Mapping[str, int] | None = None) -> Cost:
+def cost(
+    program: Program, sizes: Mapping[str, int] | None = None, *, resize: Resize | None = None
+) -> Cost:
     """The cost of a program.
 
     Args:
         program: the program.
         sizes: sizes of dynamic dimensions; batch 1 and the examples' sizes by default.
+        resize: prices the program as if its values had other sizes, such as after pruning.
 
     >>> from pruna_ir import capture
     >>> total = cost(capture(torch.nn.Linear(3, 5), (torch.ones(2, 3),)))
     >>> total.flops, total.parameters, total.bytes
     (30, 20, 80)
     """
-    count = _Counter(program, {BATCH: 1} | dict(sizes or {}))
+    count = _Counter(program, {BATCH: 1} | dict(sizes or {}), resize)
     rows = tuple(map(count.row, program.calls()))
     return Cost(
         flops=sum(row.flops for row in rows),
-        parameters=_elements(program),
+        parameters=sum(count.parameters.values()),
         bytes=sum(count.stored.values()),
         nodes=rows,
         uncounted=tuple(sorted(count.unknown)),
     )
 
 
-def _elements(program: Program) -> int:
-    unique = {id(t): t for t in program.tensors().values() if isinstance(t, torch.nn.Parameter)}
-    return sum(t.numel() for t in unique.values())
-
-
 class _Counter:
     """Counts node by node; remembers which tensors are already charged."""
 
-    def __init__(self, program: Program, sizes: Mapping[str, int]) -> None:
+    def __init__(
+        self, program: Program, sizes: Mapping[str, int], resize: Resize | None
+    ) -> None:
         self._program = program
+        self._resize = resize
         self._symbols = _symbol_sizes(program, sizes)
         self._known: dict[Any, int] = {}
         self._charged: set[int] = set()
         self.unknown: set[str] = set()
-        self.stored = _stored_bytes(program)
+        self.stored: dict[int, int] = {}
+        self.parameters: dict[int, int] = {}
+        self._store()
 
     def row(self, node: fx.Node) -> NodeCost:
         """The cost of one call."""
@@ -116,7 +124,7 @@ class _Counter:
                 continue
             self._charged.add(id(tensor))
             size += self.stored[id(tensor)]
-            parameters += tensor.numel() if isinstance(tensor, torch.nn.Parameter) else 0
+            parameters += self.parameters.get(id(tensor), 0)
         return NodeCost(
             node.name, str(node.target), module_path(node), self._flops(node), parameters, size
         )
@@ -130,10 +138,10 @@ class _Counter:
         if not known:
             return self._fused(node)
         shapes = {
-            key: _mapped(value, lambda operand: self._shape(operand.meta["val"]))
+            key: _mapped(value, self._sizes)
             for key, value in bind_arguments(node).items()
         }
-        return _FLOPS[node.target](shapes, self._shape(node.meta["val"]))
+        return _FLOPS[node.target](shapes, self._sizes(node))
 
     def _fused(self, node: fx.Node) -> int:
         """What the reference of a fused operator costs, run on tensors without data."""
@@ -146,13 +154,34 @@ class _Counter:
 
         def empty(operand: fx.Node) -> torch.Tensor:
             value = operand.meta["val"]
-            return torch.empty(self._shape(value), dtype=value.dtype, device="meta")
+            return torch.empty(self._sizes(operand), dtype=value.dtype, device="meta")
 
         arguments = {k: _mapped(v, empty) for k, v in bind_arguments(node).items()}
         with torch.no_grad(), _Watch() as watch:
             kernel.reference(**arguments)
         counted: int = watch.flops
         return counted
+
+    def _store(self) -> None:
+        """Elements and bytes of each tensor by its identity: narrowed where only fake-quants
+        read it."""
+        for node in self._program.graph.find_nodes(op="get_attr"):
+            tensor = self._program.tensor(str(node.target))
+            elements = _numel(self._sizes(node))
+            if isinstance(tensor, torch.nn.Parameter):
+                self.parameters[id(tensor)] = elements
+            stored = tensor.element_size() * 8
+            bits = max(
+                (_width(self._program, node, user) or stored for user in node.users),
+                default=stored,
+            )
+            size = math.ceil(elements * bits / 8)
+            self.stored[id(tensor)] = max(size, self.stored.get(id(tensor), 0))
+
+    def _sizes(self, node: fx.Node) -> Any:
+        """The sizes at which a node's value is priced."""
+        shape = self._shape(node.meta["val"])
+        return shape if self._resize is None else self._resize(node, shape)
 
     def _shape(self, value: Any) -> Any:
         """The sizes of a value as integers; a list of shapes for a list of values."""
@@ -197,20 +226,6 @@ def _symbol_sizes(program: Program, sizes: Mapping[str, int]) -> dict[Any, Any]:
         ):
             if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
                 found.setdefault(size.node.expr, sizes.get(str(name), actual))
-    return found
-
-
-def _stored_bytes(program: Program) -> dict[int, int]:
-    """The bytes of each tensor by its identity, narrowed where only fake-quants read it."""
-    found: dict[int, int] = {}
-    for node in program.graph.nodes:
-        if node.op != "get_attr":
-            continue
-        tensor = program.tensor(str(node.target))
-        stored = tensor.element_size() * 8
-        bits = max((_width(program, node, user) or stored for user in node.users), default=stored)
-        size = math.ceil(tensor.numel() * bits / 8)
-        found[id(tensor)] = max(size, found.get(id(tensor), 0))
     return found
 
 
