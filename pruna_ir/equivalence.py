@@ -68,6 +68,11 @@ class Lifted(fx.Interpreter):
         if (kernel := kernels().get(target)) is not None and not kernel.primitive:
             # The reference is the ground truth; fast implementations are not what is lifted.
             return kernel.reference(**bind_values(target, args, kwargs))
+        if target is aten.rms_norm.default:
+            # Its default epsilon is float32's at every lower precision, but not in float64.
+            bound = bind_values(target, args, kwargs)
+            epsilon = torch.finfo(torch.float32).eps if bound["eps"] is None else bound["eps"]
+            return target(**bound | {"eps": epsilon})
         return target(*args, **kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -86,10 +91,14 @@ class Lifted(fx.Interpreter):
 def _lift(value: Any) -> Any:
     if isinstance(value, torch.Tensor) and value.dtype in _LOW:
         return value.detach().double()
+    if isinstance(value, torch.Tensor) and value.dtype == torch.complex64:
+        return value.detach().to(torch.complex128)
     return value
 
 
 def _lift_dtype(value: Any) -> Any:
+    if value is torch.complex64:
+        return torch.complex128
     return torch.float64 if isinstance(value, torch.dtype) and value in _LOW else value
 
 

@@ -31,7 +31,6 @@ from pruna_ir.depthwise import ShiftedDepthwise
 from pruna_ir.masked_operators import (
     Masked,
     Operands,
-    handler_of,
     lift,
     lifted,
     masked,
@@ -39,6 +38,8 @@ from pruna_ir.masked_operators import (
     refusal,
     wrap,
 )
+from pruna_ir.masked_statistics import rms_norm
+from pruna_ir.masked_table import handler_of
 from pruna_ir.program import Program, Removed
 
 
@@ -161,6 +162,9 @@ def _run(node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
             return env[node.args[0]][args[1]]  # type: ignore[index]
         return node.target(*args, **kwargs)  # type: ignore[operator]
     operands = [env[n] for n in node.all_input_nodes]
+    if node.target is torch.ops.aten.rms_norm.default:
+        # Its default epsilon depends on the dtype, which is float64 here.
+        return rms_norm(Operands(node, fx.map_arg(bind_arguments(node), lambda n: env[n])))
     if not _yields_tensors(node) or not any(_is_dead(operand) for operand in operands):
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: plain(env[n]))
         return wrap(node.target(*lifted(args), **lifted(kwargs)))

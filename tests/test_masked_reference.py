@@ -198,7 +198,7 @@ def test_an_output_that_would_be_dead_in_part_is_refused():
     [
         (lambda y: torch.linalg.matrix_exp(y.unsqueeze(1) * y.unsqueeze(2)), "is not defined"),
         (lambda y: y.argmax(-1), "mixes dead elements with alive ones"),
-        (lambda y: y.cumsum(-1), "mixes dead elements with alive ones"),
+        (lambda y: y.sort(-1)[0], "mixes dead elements with alive ones"),
         (lambda y: F.avg_pool1d(y.unsqueeze(1), 2), "mixes dead elements with alive ones"),
     ],
 )

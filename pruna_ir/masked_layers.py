@@ -1,0 +1,207 @@
+"""Dead elements under contractions: convolutions, products, einsum, attention, recurrent layers.
+
+A contraction reads dead elements as 0; an element of its result is alive where the row, column or
+slice that each operand gives it has anything alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pruna_ir.masked_operators import (
+    Handler,
+    Masked,
+    Operands,
+    lift,
+    masked,
+    tensors,
+    uniform,
+)
+
+# -- products --------------------------------------------------------------------------------
+
+
+def _matmul(operands: Operands) -> Masked:
+    """[..., m, k] @ [..., k, n], alive at (m, n) where row m and column n are."""
+    given = tensors(operands)
+    a, b = (m.mask for m in given[-2:])
+    result = lift(operands.call())
+    a = a.unsqueeze(0) if (vector_a := a.dim() == 1) else a
+    b = b.unsqueeze(-1) if (vector_b := b.dim() == 1) else b
+    alive = a.any(-1, keepdim=True) & b.any(-2, keepdim=True)
+    alive = alive.squeeze(-2) if vector_a else alive
+    alive = alive.squeeze(-1) if vector_b else alive
+    # addmm, baddbmm and addmv add their first operand.
+    return masked(result, alive & given[0].mask if len(given) == 3 else alive)
+
+
+def _linear(operands: Operands) -> Masked:
+    alive = operands["input"].mask.any(-1, keepdim=True) & operands["weight"].mask.any(-1)
+    if (bias := operands["bias"]) is not None:
+        alive = alive & bias.mask
+    return masked(lift(operands.call()), alive)
+
+
+def _einsum(operands: Operands) -> Masked:
+    """Alive where each operand has anything alive over the labels that are summed."""
+    inputs, output = _labels(operands["equation"])
+    reduced, kept = [], []
+    for labels, operand in zip(inputs, operands["tensors"], strict=True):
+        # Each label once: a repeated one takes the diagonal.
+        rest = "".join(dict.fromkeys(c for c in labels.replace("...", "") if c in output))
+        dots = "..." if "..." in labels and "..." in output else ""
+        summed = torch.einsum(f"{labels}->{dots}{rest}", operand.mask.to(torch.float64))
+        reduced.append((summed > 0).to(torch.float64))
+        kept.append(dots + rest)
+    alive = torch.einsum(f"{','.join(kept)}->{output}", *reduced)
+    return masked(lift(operands.call()), alive > 0)
+
+
+def _labels(equation: str) -> tuple[list[str], str]:
+    """The labels of every operand and of the result; torch's default result is sorted."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    inputs = left.split(",")
+    if not arrow:
+        every = left.replace(",", "").replace("...", "")
+        right = ("..." if "..." in left else "") + "".join(
+            sorted(c for c in set(every) if every.count(c) == 1)
+        )
+    return inputs, right
+
+
+def _cdist(operands: Operands) -> Masked:
+    """Distances of rows: coordinates that are dead in both count for nothing."""
+    a, b = operands["x1"], operands["x2"]
+    lines = [
+        uniform(operands, m.mask | ~m.mask.any(-1, keepdim=True), range(m.value.dim() - 1))
+        for m in (a, b)
+    ]
+    if not torch.equal(lines[0].flatten(), lines[1].flatten()) or float(operands["p"]) <= 0:
+        raise operands.refuse("compares removed channels with others")
+    alive = a.mask.any(-1).unsqueeze(-1) & b.mask.any(-1).unsqueeze(-2)
+    return masked(lift(operands.call()), alive)
+
+
+def _conv(operands: Operands) -> Masked:
+    x, weight, bias = operands["input"], operands["weight"], operands["bias"]
+    spatial = weight.value.dim() - 2
+    transposed = operands.get("transposed") or "transpose" in str(operands.node.target)
+    rows = weight.mask.flatten(2).any(-1)  # [out, in / groups], or [in, out / groups]
+    if transposed:
+        groups = operands["groups"]
+        rows = rows.view(groups, -1, rows.shape[1]).any(1).reshape(-1)
+    else:
+        rows = rows.any(1)
+    rows = rows & bias.mask if bias is not None else rows
+    channel = x.value.dim() - spatial - 1
+    uniform(operands, x.mask, [d for d in range(x.value.dim()) if d != channel])
+    return masked(lift(operands.call()), rows.view(-1, *[1] * spatial))
+
+
+def _attention(operands: Operands) -> Masked:
+    """Heads live where query, key and value do; a dead head size adds 0 to the scores.
+
+    The default scale is that of the full head size.
+    """
+    q, k, v = (operands[name].mask for name in ("query", "key", "value"))
+    keys = uniform(operands, k.any(-1, keepdim=True), [-2])
+    values = uniform(operands, v, [-2])
+    if operands.get("enable_gqa"):
+        times = q.shape[-3] // k.shape[-3]
+        keys, values = (m.repeat_interleave(times, -3) for m in (keys, values))
+    alive = q.any(-1, keepdim=True) & keys & values
+    if (mask := operands["attn_mask"]) is not None and mask.alive is not None:
+        alive = alive & uniform(operands, mask.mask, [-1])
+    return masked(lift(operands.call()), alive)
+
+
+# -- recurrent layers ------------------------------------------------------------------------
+
+
+def _recurrent(gates: int) -> Handler:
+    """LSTM (4 gates), GRU (3) or a plain recurrence (1): a dead hidden unit is 0 at every step.
+
+    With the weights, biases and initial state of a unit at 0, an LSTM's unit has
+    c = sigmoid(0) c + sigmoid(0) tanh(0) = 0 and h = 0, a GRU's h = 0.5 tanh(0) + 0.5 h = 0, and
+    their columns of the recurrent weights read 0: the operator runs on zeros as it is.
+    """
+
+    def handler(operands: Operands) -> tuple[Masked, ...]:
+        if operands.get("batch_sizes") is not None:
+            raise operands.refuse("reads removed channels of a packed sequence")
+        x, hx = operands["input"], operands["hx"]
+        uniform(operands, x.mask, range(x.value.dim() - 1))
+        units = _units(operands, gates)
+        states = [_state(s, units) for s in (hx if isinstance(hx, (list, tuple)) else [hx])]
+        changed = {
+            "hx": states if isinstance(hx, (list, tuple)) else states[0],
+            "params": _with_dead_units(operands, units, gates),
+        }
+        output, *last = operands.call(changed=changed)
+        directions = 2 if operands["bidirectional"] else 1
+        alive = torch.cat(list(units[-directions:]))
+        return masked(lift(output), alive), *(_state(Masked(lift(s)), units) for s in last)
+
+    return handler
+
+
+def _per_direction(operands: Operands) -> int:
+    """The number of tensors of one direction of one layer."""
+    number = 4 if operands["has_biases"] else 2
+    directions = (2 if operands["bidirectional"] else 1) * operands["num_layers"]
+    if len(operands["params"]) != number * directions:
+        raise operands.refuse("reads removed channels and projects its hidden state")
+    return number
+
+
+def _units(operands: Operands, gates: int) -> Tensor:
+    """Which hidden units are alive: [layers * directions, hidden]."""
+    number, params = _per_direction(operands), operands["params"]
+    units = []
+    for start in range(0, len(params), number):
+        rows = torch.ones((), dtype=torch.bool)
+        for parameter in params[start : start + number]:
+            mask = parameter.mask
+            rows = rows & (mask.any(-1) if mask.dim() == 2 else mask)
+        units.append(uniform(operands, rows.view(gates, -1), [0])[0])
+    return torch.stack(units)
+
+
+def _with_dead_units(operands: Operands, units: Tensor, gates: int) -> list[Masked]:
+    """The parameters, everything of a dead unit at 0."""
+    number, result = _per_direction(operands), []
+    for index, parameter in enumerate(operands["params"]):
+        rows = units[index // number].repeat(gates)
+        alive = rows.unsqueeze(-1) if parameter.value.dim() == 2 else rows
+        result.append(masked(parameter.value, parameter.mask & alive))
+    return result
+
+
+def _state(state: Masked, units: Tensor) -> Masked:
+    """A state, [layers * directions, (batch,) hidden], of the units that are alive."""
+    alive = units.unsqueeze(1) if state.value.dim() == 3 else units
+    return masked(state.value, state.mask & alive)
+
+
+_CONVS: Sequence[str] = (
+    "conv1d", "conv2d", "conv3d", "convolution",
+    "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+)  # fmt: skip
+_PRODUCTS: Sequence[str] = (
+    "matmul", "mm", "bmm", "mv", "dot", "vdot", "addmm", "baddbmm", "addmv",
+)  # fmt: skip
+_RECURRENT: dict[str, int] = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+
+HANDLERS: dict[str, Handler] = {
+    **{f"aten::{name}": _conv for name in _CONVS},
+    **{f"aten::{name}": _matmul for name in _PRODUCTS},
+    **{f"aten::{name}": _recurrent(gates) for name, gates in _RECURRENT.items()},
+    "aten::linear": _linear,
+    "aten::einsum": _einsum,
+    "aten::cdist": _cdist,
+    "aten::scaled_dot_product_attention": _attention,
+}
+"""Operator name without overload to what it computes where elements are dead."""
