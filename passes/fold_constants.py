@@ -6,7 +6,8 @@ Every call whose operands are all constant is evaluated by running it, so the re
 bit what the program would compute. Of the constant region only the values that something else
 reads are stored. A parameter's plain view (reshape, transpose...) becomes the parameter, under its
 name and still trainable, where nothing else reads that. What is computed from parameters in any
-other way is stored as a constant, which no longer trains; ``freeze=false`` leaves it alone.
+other way is stored as a constant, which no longer trains; ``freeze=false`` leaves it alone. A
+weight times its 0/1 mask (mask-weights) is stored under the weight's name, zeros in place.
 
 Left as they are: random operators, writes, memory that nobody filled, values of dynamic size,
 results that would grow the program beyond ``max_bytes``, and views of tensors that other nodes
@@ -23,6 +24,7 @@ import torch
 from torch import fx
 
 from pruna_ir.call import bind_arguments
+from pruna_ir.sparse_layouts import masked
 from pruna_ir.transform import Effect, Pass, Rewrite, is_pure
 
 aten = torch.ops.aten
@@ -222,6 +224,12 @@ def _store(rw: Rewrite, node: fx.Node, sources: list[fx.Node]) -> None:
     if _is_view(node, sources):
         rw.set_tensor(str(sources[0].target), value)
         rw.replace(node, sources[0])
+        return
+    mask = masked(rw.program, node)
+    if mask is not None and _only_leads_to(rw, mask.weight, node):
+        rw.note(node, f"{mask.weight.target} has zeros now that training would fill again")
+        rw.set_tensor(str(mask.weight.target), value)
+        rw.replace(node, mask.weight)
         return
     for source in sources:
         if _is_trainable(rw, source):
