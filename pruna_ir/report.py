@@ -9,7 +9,7 @@ certificate's verdict with its measured error, and how many layers truly run on 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -266,11 +266,19 @@ def _without_empty(table: Table) -> Table:
 
 def plain_text(report: Report) -> str:
     """The report in aligned columns, for files and pipes."""
-    parts = [_aligned(table) for table in tables(report)]
+    parts = [aligned(table) for table in tables(report)]
     return "\n\n".join([*parts, *(f"note: {note}" for note in report.notes)]) + "\n"
 
 
-def _aligned(table: Table) -> str:
+def aligned(table: Table) -> str:
+    """A table in aligned columns under its title.
+
+    >>> print(aligned(("sizes", ("name", "size"), [["conv", "12"], ["fc", ""]])))
+    sizes:
+      name  size
+      conv  12
+      fc
+    """
     title, columns, rows = table
     widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
     lines = [
@@ -282,18 +290,26 @@ def _aligned(table: Table) -> str:
 
 def rich_text(report: Report, width: int) -> str:
     """The report as tables for a terminal of this many columns, with its escape codes."""
+    notes = (f"[bold]note:[/bold] {note}" for note in report.notes)
+    return rich_tables(tables(report), width, notes)
+
+
+def rich_tables(shown: Iterable[Table], width: int, notes: Iterable[str] = ()) -> str:
+    """Tables, and lines of rich markup under them, for a terminal of this many columns."""
     import io
 
     from rich.console import Console
     from rich.table import Table as RichTable
+    from rich.text import Text
 
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=width)
-    for title, columns, rows in tables(report):
-        shown = RichTable(*columns, title=title, title_justify="left")
+    for title, columns, rows in shown:
+        # Names in brackets are no markup.
+        table = RichTable(*columns, title=Text(title), title_justify="left")
         for row in rows:
-            shown.add_row(*row)
-        console.print(shown)
-    for note in report.notes:
-        console.print(f"[bold]note:[/bold] {note}", highlight=False)
+            table.add_row(*map(Text, row))
+        console.print(table)
+    for note in notes:
+        console.print(note, highlight=False)
     return stream.getvalue()

@@ -18,6 +18,19 @@ _EXAMPLES = """examples:
   pruna-opt run net.py:make --weights net.safetensors -p 'canonicalize,fold-batch-norm' -o out
   pruna-opt verify out/onnx out/program-onnx.pt2
   pruna-opt explain prune-channels
+  pruna-opt explain-groups torchvision:resnet50 -o coupling.html
+"""
+
+_GROUP_EXAMPLES = """A group holds channels that can only go together: filters, attention heads,
+neurons, the residual width. The map shows for each what makes and what reads
+its channels, and why channels stay where they must.
+
+examples:
+  pruna-opt explain-groups torchvision:resnet50
+  pruna-opt explain-groups torchvision:vit_b_16 --kind heads --format json
+  pruna-opt explain-groups net.py:make --filter 'layer3.*' -o coupling.html
+
+exit codes: see pruna-opt --help
 """
 
 
@@ -31,7 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pruna-opt {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_run, _verify, _list, _explain, _replay, _bisect, _doctor):
+    for add in (_run, _verify, _list, _explain, _explain_groups, _replay, _bisect, _doctor):
         command = add(commands)
         command.add_argument("--json", action="store_true", help="print data as JSON")
         command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
@@ -145,6 +158,31 @@ def _explain(commands: _Commands[argparse.ArgumentParser]) -> argparse.ArgumentP
         commands, "explain", "Explain a pass, backend or preset, or 'exit-codes'."
     )
     command.add_argument("name")
+    return command
+
+
+def _explain_groups(
+    commands: _Commands[argparse.ArgumentParser],
+) -> argparse.ArgumentParser:
+    command = _command(
+        commands, "explain-groups", "Show which channels of a model must be pruned together."
+    )
+    command.epilog = _GROUP_EXAMPLES
+    _model(command)
+    command.add_argument(
+        "-p", "--pipeline", default="canonicalize", metavar="TEXT",
+        help="passes to run before, unchecked; default canonicalize",
+    )  # fmt: skip
+    group = command.add_argument_group("what is shown, and how")
+    group.add_argument("--filter", action="append", default=[], metavar="GLOB",
+                       help="groups with a tensor or layer of this name; repeatable")  # fmt: skip
+    group.add_argument("--kind", action="append", default=[], metavar="KIND",
+                       help="groups of this kind: conv, heads, head-size, ffn, width, other; "
+                       "repeatable")  # fmt: skip
+    group.add_argument("--format", choices=("table", "json", "html"),
+                       help="default: by the ending of FILE, else a table")  # fmt: skip
+    group.add_argument("-o", "--out", type=Path, metavar="FILE",
+                       help="write here; .html is a drawing to open in a browser")  # fmt: skip
     return command
 
 

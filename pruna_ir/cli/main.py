@@ -16,7 +16,7 @@ from pruna_ir.cli.console import Console, console
 from pruna_ir.cli.exit_codes import BUG, INTERRUPTED
 from pruna_ir.errors import PrunaError
 
-_MODULES = {"list": "listing"}
+_MODULES = {"list": "listing", "explain-groups": "explain_groups"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
