@@ -126,6 +126,19 @@ class Site:
         """The algebra with a reason of the rule's own."""
         return self.algebra.because(text)
 
+    def mark_rows(self, weight: Value, dim: int) -> None:
+        """Mark the ids of a weight's output dimension as channels that it produces."""
+        for block in weight.blocks:
+            if block.touches(weight.dims[dim]):
+                self.links.rows(block.ids)
+
+    def tie_heads(self, value: Value, dim: int) -> None:
+        """Tie joint ids of a summed dimension and a batch dimension (heads) to whole heads."""
+        for block in value.blocks:
+            axes = [k for k, f in enumerate(block.factors) if f in value.dims[dim]]
+            if axes and len(axes) < len(block.factors):
+                self.links.tie(block.ids, axes)
+
 
 @dataclass(frozen=True)
 class Edit:

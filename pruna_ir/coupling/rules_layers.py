@@ -10,14 +10,7 @@ from pruna_ir.coupling.algebra import Algebra
 from pruna_ir.coupling.rule import Edit, Result, Rule, Site
 from pruna_ir.coupling.value import Block, Factor, Value
 
-# -- bias and rows -------------------------------------------------------------------------
-
-
-def _rows(site: Site, weight: Value, dim: int) -> None:
-    """Mark the ids of a weight's output dimension as channels that it produces."""
-    for block in weight.blocks:
-        if block.touches(weight.dims[dim]):
-            site.links.rows(block.ids)
+# -- bias -------------------------------------------------------------------------
 
 
 def _with_bias(site: Site, name: str, result: Value, dim: int) -> Value:
@@ -42,14 +35,14 @@ def _conv(site: Site) -> Result:
     lead = len(x.dims) - spatial - 1
     if groups == 1:
         sums = (lead, 0 if transposed else 1)
-        _rows(site, weight, 1 if transposed else 0)
+        site.mark_rows(weight, 1 if transposed else 0)
         flat_x = x.with_dims(x.dims[: lead + 1])
         flat_w = weight.with_dims(weight.dims[:2])
         product = site.algebra.contract(flat_x, flat_w, [sums])
         channels, blocks = product.dims[-1], product.blocks
     else:
-        _rows(site, weight, 0)
-        _rows(site, weight, 1 if transposed else 0)
+        site.mark_rows(weight, 0)
+        site.mark_rows(weight, 1 if transposed else 0)
         channels, blocks = _grouped(site, x, weight, lead, groups, transposed=transposed)
     result = site.untracked()
     assert isinstance(result, Value)
@@ -117,7 +110,7 @@ def _resize_conv(edit: Edit) -> None:
 
 def _linear(site: Site) -> Result:
     x, weight = site.value("input"), site.value("weight")
-    _rows(site, weight, 0)
+    site.mark_rows(weight, 0)
     last = len(x.dims) - 1
     result = site.algebra.contract(x, weight, [(last, len(weight.dims) - 1)])
     return _with_bias(site, "bias", result, last)
@@ -141,7 +134,8 @@ def _product(site: Site, a: Value, b: Value) -> Value:
     batch = range(rank - 2)
     a, b = site.algebra.align(a, [*batch, rank - 1], b, [*batch, rank - 2])
     if rank > 2:
-        a, b = _heads(site, a, rank - 1), _heads(site, b, rank - 2)
+        site.tie_heads(a, rank - 1)
+        site.tie_heads(b, rank - 2)
     pairs = [(a.dims[k], b.dims[k]) for k in batch] + [(a.dims[-1], b.dims[-2])]
     shared = {f for x, y in pairs if x == y for f in x}
     blocks = site.algebra.meet(a, b, shared)
@@ -157,7 +151,7 @@ def _rows_of_product(site: Site, a: Value, b: Value) -> None:
     for value, dim, node in ((a, -2, "self"), (b, -1, "other"), (b, -1, "mat2")):
         source = site.arg(node)
         if isinstance(source, fx.Node) and _constant(source):
-            _rows(site, value, dim)
+            site.mark_rows(value, dim)
 
 
 def _constant(node: fx.Node) -> bool:
@@ -167,20 +161,6 @@ def _constant(node: fx.Node) -> bool:
     )
 
 
-def _heads(site: Site, value: Value, dim: int) -> Value:
-    """Joint ids of a summed dimension and a batch dimension (heads) tied to whole heads."""
-    joint = [
-        block
-        for block in value.blocks
-        if block.touches(value.dims[dim]) and set(block.factors) - set(value.dims[dim])
-    ]
-    algebra = site.algebra
-    for block in joint:
-        axes = [k for k, f in enumerate(block.factors) if f in value.dims[dim]]
-        algebra.links.tie(block.ids, axes)
-    return value
-
-
 def _addmm(site: Site) -> Result:
     a, b = (
         (site.value("mat1"), site.value("mat2"))
@@ -188,7 +168,7 @@ def _addmm(site: Site) -> Result:
         else (site.value("batch1"), site.value("batch2"))
     )
     if "mat1" in site.arguments:
-        _rows(site, b, 1)
+        site.mark_rows(b, 1)
         result = site.algebra.contract(a, b, [(1, 0)])
     else:
         result = _product(site, a, b)
@@ -197,7 +177,7 @@ def _addmm(site: Site) -> Result:
 
 def _embedding(site: Site) -> Result:
     weight = site.value("weight").renamed()
-    _rows(site, weight, 1)
+    site.mark_rows(weight, 1)
     weight = site.because("looks them up by an index").whole_dims(weight, [0])
     indices = site.value("indices").renamed()
     site.because("is used as an index").freeze(indices)
@@ -218,7 +198,7 @@ def _sdpa(site: Site) -> Result:
     if site.arg("enable_gqa"):
         q, k, v = _repeat_heads(q, k, v)
     for value in (q, k, v):
-        _heads(site, value, rank - 1)
+        site.tie_heads(value, rank - 1)
     over = site.because("attention is computed along them")
     k, v = over.whole_dims(k, [rank - 2]), over.whole_dims(v, [rank - 2])
     scores = _product(site, q, k.with_dims((*k.dims[:-2], k.dims[-1], k.dims[-2])))

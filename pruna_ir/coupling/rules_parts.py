@@ -28,6 +28,10 @@ def _take(site: Site, value: Value, dim: int, index: Ids) -> Value:
     dims = tuple(new if k == dim else d for k, d in enumerate(value.dims))
     if factor is None:
         return Value(dims, value.blocks)
+    if size == 0:
+        # Nothing of the dimension is left, but the others keep their channels.
+        rest = site.algebra.contracted(value, [dim])
+        return rest.with_dims((*rest.dims[:dim], new, *rest.dims[dim:]))
     blocks = []
     for block in value.blocks:
         axis = block.factors.index(factor) if factor in block.factors else -1
@@ -244,6 +248,7 @@ def _unbind(site: Site) -> Result:
 def _cat(site: Site) -> Result:
     values = [v for v in site.tensors("tensors") if v.sizes() != (0,)]
     dim = site.axis("dim", len(values[0].dims))
+    values = [v for v in values if v.sizes()[dim] != 0] or values[:1]
     others = [k for k in range(len(values[0].dims)) if k != dim]
     sizes = [value.sizes()[dim] for value in values]
     tracked = any(value.tracked(dim) for value in values)

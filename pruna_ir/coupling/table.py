@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 
-from pruna_ir.coupling import rules_elementwise, rules_layers, rules_layout, rules_parts
+from pruna_ir.coupling import (
+    rules_einsum,
+    rules_elementwise,
+    rules_layers,
+    rules_layout,
+    rules_parts,
+    rules_patches,
+    rules_recurrent,
+)
 from pruna_ir.coupling.rule import Rule
 from pruna_ir.errors import PluginError
 from pruna_ir.registry import COUPLING_RULES, entries, find, load
@@ -17,6 +25,9 @@ RULES: dict[str, Rule] = {
     **rules_layout.RULES,
     **rules_parts.RULES,
     **rules_layers.RULES,
+    **rules_einsum.RULES,
+    **rules_recurrent.RULES,
+    **rules_patches.RULES,
 }
 """Operator name without overload, such as ``aten::conv2d``, to rule."""
 
