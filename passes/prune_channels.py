@@ -2,11 +2,13 @@
 
     groups   = channels that must go together (pruna_ir.coupling)
     scores   = importance of each channel of a group (pruna_ir.passes.importance)
-    removed  = the `ratio` weakest: of every group, or of all groups together
+    removed  = the weakest: of every group, or of all groups together (pruna_ir.passes.selection),
+               a share of the channels, or as many as a budget asks for (pruna_ir.passes.budgets)
     program' = program without them: smaller tensors, same inputs and outputs
 
 A channel is whatever the coupling finds: a filter with the batch norm after it and the next
-layer's inputs, an attention head, an FFN neuron, an index of a transformer's residual width.
+layer's inputs, an attention head, an FFN neuron, an index of a transformer's residual width
+(`pruna_ir.coupling.kinds`).
 Source of the magnitude criterion: Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017.
 
 Promise (checked by `pruna_ir.masked_reference`): the result computes what the unpruned program
@@ -18,39 +20,70 @@ Limits: prune before operators are fused; the accuracy that is lost is not recov
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from torch import fx
 
 from pruna_ir.coupling import Coupling, Group, couple, remove
+from pruna_ir.coupling.kinds import HEADS, KINDS, kinds_of
 from pruna_ir.errors import UsageError
 from pruna_ir.masked_reference import MaskedOracle
-from pruna_ir.passes.importance import CRITERIA, importance
+from pruna_ir.passes.budgets import COUNTED, budget
+from pruna_ir.passes.importance import AGGREGATIONS, CRITERIA, NORMALISATIONS, scores
+from pruna_ir.passes.removal_plans import carried_back, origin_of, save, without
+from pruna_ir.passes.selection import (
+    RANKINGS,
+    TRANSFORMER_NAME,
+    Candidate,
+    Limits,
+    Mask,
+    Scores,
+    Selector,
+    kind_names,
+    names_tensor,
+    own_ratio,
+    parse_ratios,
+)
+from pruna_ir.program import Program, module_path
 from pruna_ir.registry import unknown
 from pruna_ir.transform import Effect, Pass, Rewrite
 
-RANKINGS = ("layer", "global")
-
-Scores = np.ndarray[Any, np.dtype[np.float64]]
-Mask = np.ndarray[Any, np.dtype[np.bool_]]
+OF = ("channels", *COUNTED, "latency")
 
 
 @dataclass(frozen=True)
 class PruneChannels(Pass):
     """Remove a share of the channels of every coupled group, the weakest first.
 
+    A share of a number of channels is rounded down: 0.5 of 3 heads is 1 head. A budget (``of``
+    other than ``channels``) is reached: at least the share goes, and one channel less would miss
+    it.
+
     Attributes:
-        ratio: the share of channels to remove, in [0, 1).
-        criterion: ``l1`` or ``l2``, the norm of a channel's weights.
+        ratio: the share to remove, in [0, 1).
+        of: what ``ratio`` is a share of: ``channels``, ``flops``, ``parameters``, ``bytes``, or
+            ``latency`` as measured on the target (in torch where there is none).
+        criterion: how channels are scored; see `pruna_ir.passes.importance`.
+        aggregate: how the scores of coupled weights become one: ``mean``, ``sum``, ``max``.
+        normalise: how scores are made comparable: ``mean``, ``max``, ``sum``, ``none``, ``lamp``.
         ranking: ``layer`` removes the share from every group; ``global`` ranks the channels of
-            all groups together, each relative to its group's mean.
-        round_to: the number of channels that a group keeps is rounded up to a multiple of this.
-        min_channels: how many channels every group keeps at least.
+            all groups together.
+        ratios: shares of channels for some groups, as ``KIND=RATIO`` or ``GLOB=RATIO`` over the
+            names of the tensors that produce the channels (or their modules' paths); the last
+            that matches holds. Kinds: conv, heads, head-size, ffn, width, other, and
+            ``transformer`` for heads, head-size, ffn and width.
+        kinds: the kinds of groups that lose channels; all where empty.
         exclude: globs of tensor names or module paths whose channels stay.
+        steps: rounds of scoring and removing until the share is gone.
+        min_channels: how many channels every group keeps at least.
+        round_to: what a group keeps is rounded up to a multiple of this.
+        max_ratio: the largest share that a global ranking or a budget takes of one group.
+        save_plan: a file for what was removed, as JSON that ``apply-plan`` reads; counted from
+            the unpruned program where the program was pruned before.
 
     Raises:
         UsageError: an option is out of its range.
@@ -67,117 +100,183 @@ class PruneChannels(Pass):
     effect: ClassVar[Effect] = Effect.ORACLE
 
     ratio: float = 0.5
+    of: str = "channels"
     criterion: str = "l1"
+    aggregate: str = "mean"
+    normalise: str = "mean"
     ranking: str = "layer"
-    round_to: int = 1
-    min_channels: int = 1
+    ratios: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    steps: int = 1
+    min_channels: int = 1
+    round_to: int = 1
+    max_ratio: float = 0.9
+    save_plan: str = ""
 
     def __post_init__(self) -> None:
+        self._check_names()
+        self._check_numbers()
+        try:
+            parse_ratios(self.ratios)
+        except UsageError as error:
+            raise self._bad(str(error)) from None
+
+    def _check_names(self) -> None:
+        known = {
+            "of": OF, "criterion": CRITERIA, "aggregate": AGGREGATIONS,
+            "normalise": NORMALISATIONS, "ranking": RANKINGS,
+        }  # fmt: skip
+        for option, names in known.items():
+            if getattr(self, option) not in names:
+                raise self._bad(unknown(option, getattr(self, option), names))
+        for kind in self.kinds:
+            if not kind_names(kind):
+                raise self._bad(f"kinds: {unknown('kind', kind, (*KINDS, TRANSFORMER_NAME))}")
+
+    def _check_numbers(self) -> None:
         if not 0 <= self.ratio < 1:
-            raise UsageError(f"prune-channels: ratio must be in [0, 1), not {self.ratio}")
-        if self.criterion not in CRITERIA:
-            raise UsageError(f"prune-channels: {unknown('criterion', self.criterion, CRITERIA)}")
-        if self.ranking not in RANKINGS:
-            raise UsageError(f"prune-channels: {unknown('ranking', self.ranking, RANKINGS)}")
-        for option in ("round_to", "min_channels"):
+            raise self._bad(f"ratio must be in [0, 1), not {self.ratio}")
+        if not 0 < self.max_ratio <= 1:
+            raise self._bad(f"max_ratio must be in (0, 1], not {self.max_ratio}")
+        for option in ("round_to", "min_channels", "steps"):
             if getattr(self, option) < 1:
-                raise UsageError(
-                    f"prune-channels: {option} must be at least 1, not {getattr(self, option)}"
-                )
+                raise self._bad(f"{option} must be at least 1, not {getattr(self, option)}")
+        if self.ranking == "global" and self.of == "channels" and self.ratio > self.max_ratio:
+            raise self._bad(
+                f"a global ratio of {self.ratio} is more than max_ratio={self.max_ratio} allows "
+                "of every group; raise max_ratio"
+            )
+
+    def _bad(self, message: str) -> UsageError:
+        return UsageError(f"{self.name}: {message}")
 
     def rewrite(self, rw: Rewrite) -> None:
         """Analyse, rank, select, remove, promise."""
         coupling = couple(rw.program)
         readers = _readers(rw.program.graph)
-        groups = self._prunable(rw, coupling, readers)
-        scores = [
-            importance(rw.program, group, CRITERIA[self.criterion]).numpy() for group in groups
-        ]
-        gone = self._selected(coupling, groups, scores)
+        candidates = self._candidates(rw, coupling, readers)
+        gone = self._selected(rw, coupling, candidates)
         plan = coupling.plan(np.flatnonzero(gone))
         if not plan:
             return
-        for group in groups:
-            count = int(gone[group.units].sum())
+        for candidate in candidates:
+            count = int(gone[candidate.group.units].sum())
             if count:
-                rw.applied(readers[_producer(group)], _what_went(group, count))
+                rw.applied(readers[_producer(candidate.group)], _what_went(candidate, count))
+        origin = origin_of(rw.before, plan)
         remove(rw, coupling, plan)
         rw.promise(MaskedOracle(plan.removed))
+        rw.set_origin(origin)
+        if self.save_plan:
+            save(origin, Path(self.save_plan))
 
-    def _prunable(
+    # -- which groups --------------------------------------------------------------------------
+
+    def _candidates(
         self, rw: Rewrite, coupling: Coupling, readers: dict[str, fx.Node]
-    ) -> list[Group]:
+    ) -> list[Candidate]:
         """The groups that may lose channels; remarks say why the others may not."""
+        ratios = parse_ratios(self.ratios)
+        self._check_globs(rw.program, [name for name, _ in ratios])
         kept = []
-        for group in coupling.groups:
-            if not any(member.produced for member in group.members):
+        for group, kind in zip(coupling.groups, kinds_of(rw.program, coupling), strict=True):
+            produced = [m.tensor for m in group.members if m.produced]
+            if not produced or not all(rw.in_scope(readers[name]) for name in produced):
                 continue
-            node = readers[_producer(group)]
-            if not all(rw.in_scope(readers[m.tensor]) for m in group.members if m.produced):
-                continue
-            if why := self._why_not(group):
-                rw.skip(node, f"the {len(group.units)} channels of {group.name} stay: {why}")
+            ratio = own_ratio(group, kind, ratios)
+            if why := self._why_not(group, kind):
+                count, what = len(group.units), "channels" if group.reason else _noun(kind)
+                rw.skip(readers[produced[0]], f"the {count} {what} of {group.name} stay: {why}")
             else:
-                kept.append(group)
+                kept.append(Candidate(group, kind, ratio))
         return kept
 
-    def _why_not(self, group: Group) -> str:
+    def _check_globs(self, program: Program, names: Sequence[str]) -> None:
+        """Refuse a glob that means nothing in the program: it was written for something."""
+        tensors = list(program.tensors())
+        paths = {module_path(node) for node in program.calls()}
+        globs = [("ratios", n) for n in names if not kind_names(n)]
+        for option, glob in globs + [("exclude", glob) for glob in self.exclude]:
+            if not any(names_tensor(glob, name) for name in tensors) and not any(
+                names_tensor(glob, f"{path}.") for path in paths
+            ):
+                raise self._bad(
+                    f"{option}: {glob!r} is the name of no tensor or module; the tensors are "
+                    f"called {', '.join(tensors[:3])}..."
+                )
+
+    def _why_not(self, group: Group, kind: str) -> str:
         if group.reason is not None:
             return str(group.reason)
         if len(group.units) == 1:
             return "all of them are coupled with one another"
+        if self.kinds and not any(kind in kind_names(name) for name in self.kinds):
+            return f"kinds={','.join(self.kinds)} leaves {kind} out"
         for member in group.members:
             for glob in self.exclude:
-                path = member.tensor.rpartition(".")[0]
-                if fnmatchcase(member.tensor, glob) or fnmatchcase(path, glob):
+                if names_tensor(glob, member.tensor):
                     return f"{member.tensor} is excluded by {glob!r}"
         return ""
 
+    # -- how many of them ----------------------------------------------------------------------
+
     def _selected(
-        self, coupling: Coupling, groups: list[Group], scores: list[Scores]
+        self, rw: Rewrite, coupling: Coupling, candidates: list[Candidate]
     ) -> Mask:
-        """Per unit, whether it goes."""
+        """Per unit, whether it goes after all rounds."""
         gone = np.zeros(len(coupling.solved.frozen), np.bool_)
-        wanted = self._counts(groups, scores)
-        for group, score, count in zip(groups, scores, wanted, strict=True):
-            weakest = np.argsort(score, kind="stable")[: self._allowed(len(score), count)]
-            gone[group.units[weakest]] = True
-        _keep_something(coupling, gone, groups, scores)
+        if not candidates:
+            return gone
+        limits = Limits(self.ranking, self.min_channels, self.round_to, self.max_ratio)
+        capped = self.of != "channels" or self.ranking == "global"
+        try:
+            with budget(self.of, rw, coupling) as costs:
+                for step in range(1, self.steps + 1):
+                    if self.steps > 1:
+                        rw.context.progress(f"{self.name} round", step, self.steps)
+                    part = step / self.steps
+                    scored = self._scores(rw, coupling, candidates, gone)
+                    selector = Selector(coupling, candidates, scored, limits, capped, part)
+                    gone = costs.reach(selector, part * self.ratio, gone)
+                if told := costs.told(gone):
+                    rw.note(rw.graph.output_node(), f"{told} ({self.ratio:.1%} asked)")
+        except UsageError as error:
+            raise self._bad(str(error)) from error
         return gone
 
-    def _counts(self, groups: list[Group], scores: list[Scores]) -> list[int]:
-        """How many channels of each group the ranking asks for."""
-        if self.ranking == "layer" or not groups:
-            return [_share(self.ratio, len(group.units)) for group in groups]
-        every = np.concatenate(scores)
-        owner = np.repeat(np.arange(len(groups)), [len(score) for score in scores])
-        weakest = np.argsort(every, kind="stable")[: _share(self.ratio, len(every))]
-        counts = np.bincount(owner[weakest], minlength=len(groups))
-        return [int(count) for count in counts]
+    def _scores(
+        self, rw: Rewrite, coupling: Coupling, candidates: list[Candidate], gone: Mask
+    ) -> list[Scores]:
+        """The scores of every candidate's units in the program as it is after earlier rounds."""
+        groups = [candidate.group for candidate in candidates]
+        if not gone.any():
+            return self._scored(rw, rw.program, coupling, groups)
+        smaller = without(rw, coupling, gone)
+        again = couple(smaller)
+        groups_left = [
+            group
+            for group in again.groups
+            if group.reason is None and any(member.produced for member in group.members)
+        ]
+        each = np.full(len(again.solved.frozen), np.nan)
+        found = self._scored(rw, smaller, again, groups_left)
+        for group, values in zip(groups_left, found, strict=True):
+            each[group.units] = values
+        units = carried_back(coupling, again, gone, each)
+        return [units[group.units] for group in groups]
 
-    def _allowed(self, size: int, count: int) -> int:
-        """The number that may go so that what stays obeys ``min_channels`` and ``round_to``."""
-        kept = max(size - count, self.min_channels)
-        kept = -(-kept // self.round_to) * self.round_to
-        return max(size - kept, 0)
+    def _scored(
+        self, rw: Rewrite, program: Program, coupling: Coupling, groups: Sequence[Group]
+    ) -> list[Scores]:
+        return scores(
+            program, coupling, groups, self.criterion, context=rw.context,
+            aggregate=self.aggregate, normalise=self.normalise,
+        )  # fmt: skip
 
 
-def _share(ratio: float, size: int) -> int:
-    """``ratio * size``, rounded down; 0.3 of 10 is 3 in spite of binary fractions."""
-    return math.floor(ratio * size + 1e-9)
-
-
-def _keep_something(
-    coupling: Coupling, gone: Mask, groups: list[Group], scores: list[Scores]
-) -> None:
-    """Take back the strongest channel of each dimension that would be left empty."""
-    score = np.full(len(gone), -math.inf)
-    for group, values in zip(groups, scores, strict=True):
-        score[group.units] = values
-    for _, units in coupling.emptied(gone):
-        if gone[units].all():
-            gone[units[np.argmax(score[units])]] = False
+def _noun(kind: str) -> str:
+    return HEADS if kind == HEADS else f"{kind} channels"
 
 
 def _producer(group: Group) -> str:
@@ -193,7 +292,11 @@ def _readers(graph: fx.Graph) -> dict[str, fx.Node]:
     return readers
 
 
-def _what_went(group: Group, count: int) -> str:
-    shown = [f"{member.tensor}[{member.dim}]" for member in group.members[:4]]
-    more = f" and {len(group.members) - 4} more" if len(group.members) > 4 else ""
-    return f"removed {count} of {len(group.units)} channels from {', '.join(shown)}{more}"
+def _what_went(candidate: Candidate, count: int) -> str:
+    members = candidate.group.members
+    shown = [f"{member.tensor}[{member.dim}]" for member in members[:4]]
+    more = f" and {len(members) - 4} more" if len(members) > 4 else ""
+    return (
+        f"removed {count} of {candidate.size} {_noun(candidate.kind)} from "
+        f"{', '.join(shown)}{more}"
+    )

@@ -42,7 +42,7 @@ def test_a_plan_survives_json(plan):
         "",
         "{}",
         "[]",
-        '{"format": 2, "removed": {}}',
+        '{"format": 3, "removed": {}}',
         '{"format": 1, "removed": {"w": {"0": [-1]}}}',
         '{"format": 1, "removed": {"w": {"0": [1.5]}}}',
         '{"format": 1, "removed": {"w": 3}}',

@@ -108,7 +108,7 @@ def test_remarks_say_what_went_and_what_stays():
     result = apply(PruneChannels(), two_layers())
     texts = {(remark.kind, remark.message.split(" [")[0]) for remark in result.remarks}
     assert texts == {
-        ("applied", "removed 5 of 10 channels from 0.weight[0], 0.bias[0], 2.weight[1]"),
+        ("applied", "removed 5 of 10 ffn channels from 0.weight[0], 0.bias[0], 2.weight[1]"),
         ("missed", "the 2 channels of 2.weight[0] stay: program output output"),
     }
 
