@@ -228,7 +228,7 @@ def budget(of: str, rw: Rewrite, coupling: Coupling) -> Iterator[Budget]:
     target, seed = rw.context.target or "eager", rw.context.seed
 
     def without_units(gone: Mask) -> Program:
-        rw.context.progress(f"building and timing for {target}", watch.builds, 0)
+        rw.context.progress(f"building and timing for {target}", watch.builds, LATENCY_BUILDS)
         return without(rw, coupling, gone)
 
     with TemporaryDirectory(prefix="pruna-latency-") as folder:

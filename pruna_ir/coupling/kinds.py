@@ -62,7 +62,8 @@ def kinds_of(program: Program, coupling: Coupling) -> tuple[str, ...]:
     ...                           torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 2))
     >>> program = capture(net, (torch.ones(2, 3, 3, 3),))
     >>> coupling = couple(program)
-    >>> [(g.name, kind) for g, kind in zip(coupling.groups, kinds_of(program, coupling))][:2]
+    >>> kinds = zip(coupling.groups, kinds_of(program, coupling), strict=True)
+    >>> [(group.name, kind) for group, kind in kinds if group.reason is None]
     [('0.weight[0]', 'conv'), ('3.weight[0]', 'ffn')]
     """
     constants = _constants(program)

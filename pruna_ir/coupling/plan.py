@@ -68,9 +68,8 @@ class RemovalPlan:
         )
 
     def _count(self, name: str, dim: int, indices: tuple[int, ...]) -> str:
-        return f"{len(indices)} of {self.shapes[name][dim]}" if name in self.shapes else str(
-            len(indices)
-        )
+        count = str(len(indices))
+        return f"{count} of {self.shapes[name][dim]}" if name in self.shapes else count
 
     # -- against a model -------------------------------------------------------------------
 
@@ -114,7 +113,7 @@ class RemovalPlan:
 
         >>> first = RemovalPlan({"w": {0: (0, 2)}}, {"w": (5, 3)})
         >>> print(first.then(RemovalPlan({"w": {0: (1,), 1: (2,)}})))
-        w: dimension 0 loses 3 of 5: 0, 2, 3
+        w: dimension 0 loses 3 of 5: 0, 2-3
         w: dimension 1 loses 1 of 3: 2
         """
         known = {**self.shapes, **(shapes or {})}
