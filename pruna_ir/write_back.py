@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,11 @@ _SHOWN = 5
 
 
 def write_back(
-    program: Program, module: nn.Module, *, kwargs: Mapping[str, Any] | None = None
+    program: Program,
+    module: nn.Module,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    call: Callable[[nn.Module, Sequence[torch.Tensor]], Any] | None = None,
 ) -> None:
     """Give a module the tensors of a program that was made from it.
 
@@ -39,6 +44,8 @@ def write_back(
         module: the module that was captured, or one of its class; changed in place, or not at
             all where an error is raised. It keeps its train or eval mode.
         kwargs: further arguments that are no tensors, as given at capture (``use_cache=False``).
+        call: how to call the module with the program's inputs, where they are not its arguments
+            one by one (lists or dicts of tensors).
 
     Raises:
         PassError: the program has tensors for which the module has no place; they are listed.
@@ -54,7 +61,7 @@ def write_back(
     """
     trial = copy.deepcopy(module)
     _put(program, trial)
-    _verify(program, trial, dict(kwargs or {}))
+    _verify(program, trial, call or partial(_call, program, kwargs=dict(kwargs or {})))
     _put(program, module)
 
 
@@ -231,14 +238,18 @@ def _has(module: Any, *names: str) -> bool:
 # -- verification --------------------------------------------------------------------------
 
 
-def _verify(program: Program, module: nn.Module, kwargs: dict[str, Any]) -> None:
+def _verify(
+    program: Program,
+    module: nn.Module,
+    call: Callable[[nn.Module, Sequence[torch.Tensor]], Any],
+) -> None:
     module.eval().double()
     for stimulus in stimuli(program):
         truth = run_float64(program, stimulus.inputs)
         lifted = [x.double() if x.is_floating_point() else x for x in stimulus.inputs]
         try:
             with torch.no_grad():
-                actual = _run(program, module, lifted, kwargs)
+                actual = _tensors(call(module, lifted))
         except Exception as error:
             lines = str(error).splitlines() or [""]
             raise VerificationError(
@@ -266,15 +277,17 @@ def _difference(program: Program, module: nn.Module, error: float, kind: str) ->
     )
 
 
-def _run(
-    program: Program, module: nn.Module, inputs: list[torch.Tensor], kwargs: dict[str, Any]
-) -> list[torch.Tensor]:
+def _call(
+    program: Program, module: nn.Module, inputs: Sequence[torch.Tensor], kwargs: dict[str, Any]
+) -> Any:
     parameters = inspect.signature(module.forward).parameters
     names = [spec.name for spec in program.inputs]
     if all(name in parameters for name in names):
-        returned = module(**dict(zip(names, inputs, strict=True)), **kwargs)
-    else:
-        returned = module(*inputs, **kwargs)
+        return module(**dict(zip(names, inputs, strict=True)), **kwargs)
+    return module(*inputs, **kwargs)
+
+
+def _tensors(returned: Any) -> list[torch.Tensor]:
     leaves: Any = returned
     with suppress(AttributeError):
         # A ModelOutput of transformers; its empty fields are left out.
