@@ -45,6 +45,11 @@ def _linear(operands: Operands) -> Masked:
     return masked(lift(operands.call()), alive)
 
 
+def _outer(operands: Operands) -> Masked:
+    a, b = operands["self"].mask, operands["vec2"].mask
+    return masked(lift(operands.call()), a[:, None] & b)
+
+
 def _einsum(operands: Operands) -> Masked:
     """Alive where each operand has anything alive over the labels that are summed."""
     inputs, output = _labels(operands["equation"])
@@ -201,6 +206,8 @@ HANDLERS: dict[str, Handler] = {
     **{f"aten::{name}": _recurrent(gates) for name, gates in _RECURRENT.items()},
     "aten::linear": _linear,
     "aten::einsum": _einsum,
+    "aten::outer": _outer,
+    "aten::ger": _outer,
     "aten::cdist": _cdist,
     "aten::scaled_dot_product_attention": _attention,
 }

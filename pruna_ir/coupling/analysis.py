@@ -24,13 +24,14 @@ import numpy as np
 import torch
 from torch import fx
 
-from pruna_ir.coupling.links import Links, Reason, Units
+from pruna_ir.coupling.links import ATTENTION, Links, Reason, Units
 from pruna_ir.coupling.plan import RemovalPlan
 from pruna_ir.coupling.rule import Result, Site
 from pruna_ir.coupling.table import rule_of
 from pruna_ir.coupling.value import Block, Ids, Mask, Value, extent, factors_of
-from pruna_ir.errors import InvalidIRError
+from pruna_ir.errors import InvalidIRError, UsageError
 from pruna_ir.program import Program, source_line
+from pruna_ir.registry import unknown
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,14 +125,23 @@ class Coupling:
         return found
 
 
-def couple(program: Program) -> Coupling:
+def couple(program: Program, attention: str = "heads") -> Coupling:
     """Analyse a program.
 
+    Args:
+        program: the program.
+        attention: what attention loses: ``heads`` (of grouped queries: whole groups with their
+            key and value head), ``queries`` (query heads alone, as many of every group) or
+            ``size`` (indices of the size of a head, the same of every head).
+
     Raises:
+        UsageError: ``attention`` is none of these.
         InvalidIRError: the program writes into tensors (run ``canonicalize`` first), or a
             third party's rule returned a value of another shape than its operator.
     """
-    links = Links()
+    if attention not in ATTENTION:
+        raise UsageError(unknown("attention granularity", attention, ATTENTION))
+    links = Links(attention)
     tensors = _tensor_ids(program, links)
     values: dict[fx.Node, Result] = {}
     for node in program.graph.nodes:

@@ -58,10 +58,22 @@ class Product:
     reason: Reason | None
 
 
+ATTENTION = ("heads", "queries", "size")
+"""What attention loses: whole heads (of grouped queries: whole groups), query heads alone (the
+same ones of every group), or the same indices of every head's size."""
+
+
 @dataclass
 class Links:
-    """The collected statements of all rules about one program's ids."""
+    """The collected statements of all rules about one program's ids.
 
+    Attributes:
+        attention: one of `ATTENTION`.
+        count: the number of ids.
+        reasons: why ids stay.
+    """
+
+    attention: str = "heads"
     count: int = 0
     reasons: list[Reason] = field(default_factory=list)
     _edges: list[tuple[Ids, Ids]] = field(default_factory=list)

@@ -13,7 +13,7 @@ operator in the entry-point group ``pruna_ir.coupling_rules`` under the operator
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import fx
 from pruna_ir.call import bind_arguments
 from pruna_ir.coupling.algebra import Algebra
 from pruna_ir.coupling.links import Links, Reason
-from pruna_ir.coupling.value import Extent, Mask, Value, extent, product
+from pruna_ir.coupling.value import Extent, Factor, Mask, Value, extent, product
 from pruna_ir.errors import PassError
 from pruna_ir.program import source_line
 from pruna_ir.transform import Rewrite
@@ -132,12 +132,44 @@ class Site:
             if block.touches(weight.dims[dim]):
                 self.links.rows(block.ids)
 
-    def tie_heads(self, value: Value, dim: int) -> None:
-        """Tie joint ids of a summed dimension and a batch dimension (heads) to whole heads."""
+    def per_head(self, value: Value, dim: int) -> Value:
+        """The value with joint ids of a summed dimension and batch dimensions on one of them.
+
+        Whole heads go together unless the size of a head is what is pruned (`Links.attention`).
+        """
         for block in value.blocks:
-            axes = [k for k, f in enumerate(block.factors) if f in value.dims[dim]]
-            if axes and len(axes) < len(block.factors):
-                self.links.tie(block.ids, axes)
+            summed = [f for f in block.factors if f in value.dims[dim]]
+            if not summed or len(summed) == len(block.factors):
+                continue
+            if self.links.attention == "size":
+                heads = [f for f in block.factors if f not in summed]
+                value = self.because("keeps its heads").whole(value, heads)
+            else:
+                self.links.tie(block.ids, block.axes(summed))
+        return value
+
+    def apart(self, a: Value, b: Value, batch: Collection[Factor]) -> tuple[Value, Value]:
+        """Query heads that share keys or values, where they are what is pruned.
+
+        Where ``b`` repeats its heads along a batch factor, only that factor is pruned: the
+        other ids of both operands stay.
+        """
+        if self.links.attention != "queries":
+            return a, b
+        for mine, theirs in ((a, b), (b, a)):
+            times = [
+                block.factors[0]
+                for block in mine.blocks
+                if len(block.factors) == 1
+                and block.factors[0] in batch
+                and self.links.is_soft(block.ids)
+                and any(block.factors[0] in o.factors for o in theirs.blocks)
+            ]
+            if times:
+                stays = self.because("is shared by several query heads")
+                kept = [f for f in (*a.factors(), *b.factors()) if f not in times]
+                return stays.whole(a, kept), stays.whole(b, kept)
+        return a, b
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The rule of einsum: letters are dimensions, and a letter that is summed away is contracted."""
+"""Rules of einsum and outer: letters are dimensions, one that is summed away is contracted."""
 
 from __future__ import annotations
 
@@ -68,8 +68,9 @@ def _joined(
     shared = {f for x, y in pairs.values() if x == y for f in x}
     if heads:
         for letter in summed:
-            site.tie_heads(a, a_letters.index(letter))
-            site.tie_heads(b, b_letters.index(letter))
+            a = site.per_head(a, a_letters.index(letter))
+            b = site.per_head(b, b_letters.index(letter))
+        a, b = site.apart(a, b, shared)
     blocks = site.algebra.meet(a, b, shared)
     letters = a_letters + "".join(c for c in b_letters if c not in a_letters)
     dims = [
@@ -100,4 +101,14 @@ def _mark_rows(site: Site, values: Sequence[Value], operands: Sequence[str]) -> 
                     site.mark_rows(values[k], dim)
 
 
-RULES: dict[str, Rule] = {"aten::einsum": Rule(_einsum)}
+def _outer(site: Site) -> Result:
+    """``self[i] * vec2[j]``."""
+    a, b = site.value("self"), site.value("vec2").renamed()
+    return Value((*a.dims, *b.dims), (*a.blocks, *b.blocks))
+
+
+RULES: dict[str, Rule] = {
+    "aten::einsum": Rule(_einsum),
+    "aten::outer": Rule(_outer),
+    "aten::ger": Rule(_outer),
+}

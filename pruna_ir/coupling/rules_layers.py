@@ -134,8 +134,8 @@ def _product(site: Site, a: Value, b: Value) -> Value:
     batch = range(rank - 2)
     a, b = site.algebra.align(a, [*batch, rank - 1], b, [*batch, rank - 2])
     if rank > 2:
-        site.tie_heads(a, rank - 1)
-        site.tie_heads(b, rank - 2)
+        a, b = site.per_head(a, rank - 1), site.per_head(b, rank - 2)
+        a, b = site.apart(a, b, {f for k in batch for f in a.dims[k] if a.dims[k] == b.dims[k]})
     pairs = [(a.dims[k], b.dims[k]) for k in batch] + [(a.dims[-1], b.dims[-2])]
     shared = {f for x, y in pairs if x == y for f in x}
     blocks = site.algebra.meet(a, b, shared)
@@ -196,9 +196,9 @@ def _sdpa(site: Site) -> Result:
     q, k = site.value("query"), site.value("key").renamed()
     v, rank = site.value("value").renamed(), len(site.value("query").dims)
     if site.arg("enable_gqa"):
-        q, k, v = _repeat_heads(q, k, v)
-    for value in (q, k, v):
-        site.tie_heads(value, rank - 1)
+        times = q.sizes()[rank - 3] // k.sizes()[rank - 3]
+        k, v = _repeat_heads(site, k, times), _repeat_heads(site, v, times)
+    q, k, v = (site.per_head(value, rank - 1) for value in (q, k, v))
     over = site.because("attention is computed along them")
     k, v = over.whole_dims(k, [rank - 2]), over.whole_dims(v, [rank - 2])
     scores = _product(site, q, k.with_dims((*k.dims[:-2], k.dims[-1], k.dims[-2])))
@@ -208,17 +208,14 @@ def _sdpa(site: Site) -> Result:
     return _product(site, scores, v)
 
 
-def _repeat_heads(q: Value, k: Value, v: Value) -> tuple[Value, Value, Value]:
-    """Keys and values with each head repeated for the query heads that it serves."""
-    dim = len(q.dims) - 3
-    times = q.sizes()[dim] // k.sizes()[dim]
-    repeated = []
-    for value in (k, v):
-        new = () if times == 1 else (Factor(times),)
-        repeated.append(
-            value.with_dims((*d, *new) if j == dim else d for j, d in enumerate(value.dims))
-        )
-    return q, repeated[0], repeated[1]
+def _repeat_heads(site: Site, value: Value, times: int) -> Value:
+    """Keys or values with each head repeated for the query heads that it serves."""
+    dim = len(value.dims) - 3
+    new = () if times == 1 else (Factor(times),)
+    dims = [(*d, *new) if j == dim else d for j, d in enumerate(value.dims)]
+    if times == 1 or site.links.attention != "queries":
+        return value.with_dims(dims)
+    return Value(tuple(dims), (*value.blocks, Block(new, site.links.fresh_soft(times))))
 
 
 def _resize_sdpa(edit: Edit) -> None:

@@ -1,0 +1,101 @@
+"""What attention loses: whole heads, query heads alone, or indices of the size of a head."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from pruna_ir import capture
+from pruna_ir.coupling import couple, remove
+from pruna_ir.equivalence import relative_error, run_float64
+from pruna_ir.errors import UsageError
+from pruna_ir.masked_reference import masked_reference
+from pruna_ir.passes.canonicalize import Canonicalize
+from pruna_ir.transform import Context, Rewrite, apply
+
+
+class GroupedQueries(nn.Module):
+    """4 query heads of size 6 share 2 key and value heads; rotary positions in the middle."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.spelling = spelling
+        self.q, self.k, self.v = nn.Linear(5, 24), nn.Linear(5, 12), nn.Linear(5, 12)
+        self.out = nn.Linear(24, 3)
+        self.register_buffer("frequencies", torch.rand(3))
+
+    def rotated(self, x: torch.Tensor) -> torch.Tensor:
+        angle = torch.outer(torch.arange(7.0), self.frequencies)
+        angle = torch.cat([angle, angle], -1)
+        half = torch.cat([-x[..., 3:], x[..., :3]], -1)
+        return x * angle.cos() + half * angle.sin()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, s, _ = x.shape
+        q = self.rotated(self.q(x).view(n, s, 4, 6).transpose(1, 2))
+        k = self.rotated(self.k(x).view(n, s, 2, 6).transpose(1, 2))
+        v = self.v(x).view(n, s, 2, 6).transpose(1, 2)
+        if self.spelling == "sdpa":
+            y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        else:
+            k, v = (
+                t[:, :, None].expand(n, 2, 2, s, 6).reshape(n, 4, s, 6) for t in (k, v)
+            )
+            if self.spelling == "einsum":
+                scores = torch.einsum("bhqd,bhkd->bhqk", q, k) * 0.4
+                y = torch.einsum("bhqk,bhkd->bhqd", scores.softmax(-1), v)
+            else:
+                y = (q @ k.transpose(-1, -2) * 0.4).softmax(-1) @ v
+        return self.out(y.transpose(1, 2).reshape(n, s, 24))
+
+
+SPELLINGS = ("sdpa", "matmul", "einsum")
+
+
+def removed(spelling: str, attention: str):
+    """What half of every free group takes away, checked against the oracle."""
+    torch.manual_seed(0)
+    program = apply(
+        Canonicalize(), capture(GroupedQueries(spelling), (torch.randn(2, 7, 5),))
+    ).program
+    coupling = couple(program, attention)
+    free = [group for group in coupling.groups if group.reason is None]
+    plan = coupling.plan(u for group in free for u in group.units[: len(group.units) // 2])
+    rw = Rewrite(program, "remove", Context())
+    remove(rw, coupling, plan)
+    (expected,) = masked_reference(program, program.examples, plan.removed)
+    (actual,) = run_float64(rw.finish(), program.examples)
+    assert relative_error(actual, expected) < 1e-12
+    return {f"{name}[{dim}]": indices for name, dim, indices in plan.items()}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_heads_go_with_their_whole_group(spelling):
+    gone = removed(spelling, "heads")
+    assert gone["q.weight[0]"] == tuple(range(12))
+    assert gone["k.weight[0]"] == gone["v.weight[0]"] == tuple(range(6))
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_query_heads_go_alone_as_many_of_every_group(spelling):
+    gone = removed(spelling, "queries")
+    assert gone["q.weight[0]"] == gone["out.weight[1]"] == (*range(6), *range(12, 18))
+    assert not {"k.weight[0]", "v.weight[0]"} & set(gone)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_the_size_of_a_head_shrinks_in_every_head(spelling):
+    gone = removed(spelling, "size")
+    # Rotary positions couple an index with its partner in the other half.
+    assert gone["frequencies[0]"] == (0,)
+    assert gone["k.weight[0]"] == (0, 3, 6, 9)
+    assert gone["q.weight[0]"] == (0, 3, 6, 9, 12, 15, 18, 21)
+    assert gone["v.weight[0]"] == (0, 1, 2, 6, 7, 8)
+
+
+def test_an_unknown_granularity_is_refused():
+    program = capture(nn.Linear(3, 4), (torch.randn(2, 3),))
+    with pytest.raises(UsageError, match="attention granularity 'head'.*did you mean 'heads'"):
+        couple(program, "head")
