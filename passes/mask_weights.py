@@ -34,6 +34,7 @@ from pruna_ir.calibration import layer_name, observe
 from pruna_ir.call import bind_arguments
 from pruna_ir.equivalence import run_float64
 from pruna_ir.errors import UsageError
+from pruna_ir.passes.quant_placement import computed_nodes
 from pruna_ir.passes.sparsity_patterns import Grouped, Pattern, kept, parse_pattern
 from pruna_ir.program import Program, dtype_of
 from pruna_ir.registry import unknown
@@ -317,6 +318,7 @@ def _refuse(rw: Rewrite) -> None:
 
 def _collect(rw: Rewrite) -> list[_Weight]:
     """Every weight of a layer in scope, in graph order, with why it may not be masked."""
+    computed = computed_nodes(rw.program)
     found: dict[str, _Weight] = {}
     for node in rw.calls(*LAYERS):
         source = rw.call(node).producer(LAYERS[node.target].weight)
@@ -325,7 +327,7 @@ def _collect(rw: Rewrite) -> list[_Weight]:
         mask = masked(rw.program, source)
         stored = mask.weight if mask is not None else source
         if stored.op != "get_attr":
-            if _is_constant(stored):
+            if stored not in computed:
                 path = layer_name(node)
                 rw.skip(
                     node,
@@ -342,20 +344,6 @@ def _collect(rw: Rewrite) -> list[_Weight]:
     for weight in found.values():
         weight.reason = weight.reason or _read_elsewhere(rw, weight)
     return list(found.values())
-
-
-def _is_constant(node: fx.Node) -> bool:
-    """Whether a node depends on stored tensors only."""
-    todo, seen = [node], {node}
-    while todo:
-        current = todo.pop()
-        if current.op == "placeholder":
-            return False
-        for operand in current.all_input_nodes:
-            if operand not in seen:
-                seen.add(operand)
-                todo.append(operand)
-    return True
 
 
 def _unfit(rw: Rewrite, weight: _Weight, node: fx.Node, source: fx.Node) -> str:
