@@ -137,7 +137,7 @@ def _stages(
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             certificate = build(result.program, "onnx", Path(folder) / "onnx").certificate
-        row = replace(row, onnx=certificate.verdict, onnx_s=time.perf_counter() - start)
+        row = replace(row, onnx=certificate.verdict.name, onnx_s=time.perf_counter() - start)
         if row.onnx != "PASSED":
             raise AssertionError(certificate.summary())
     if row.after >= row.before:
