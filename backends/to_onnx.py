@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -58,6 +58,7 @@ class ToOnnx:
     name: ClassVar[str] = "onnx"
     api_version: ClassVar[int] = API_VERSION
     scheme: ClassVar[QuantScheme] = QuantScheme(U8_ASYMMETRIC, residual="both")
+    zeros: ClassVar[Mapping[str, str]] = {"": "dense speed: zeros are multiplied like any number"}
 
     def availability(self) -> Availability:
         """Whether ``onnx`` and ``onnxscript`` (to build), ``onnxruntime`` (to run) are there."""

@@ -53,6 +53,11 @@ class ToOpenvino:
     scheme: ClassVar[QuantScheme] = QuantScheme(
         U8_ASYMMETRIC, residual="identity", layer_outputs=False
     )
+    # CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE, which is off by default, packs the weights of int8
+    # matrix products on CPUs with AMX, in multiples of 64 channels.
+    zeros: ClassVar[Mapping[str, str]] = {
+        "": "dense speed; packed weights exist for int8 products on AMX only and are not turned on"
+    }
     """Unsigned activations; of a residual add only the identity branch is quantised, since the
     other one is the convolution's own accumulator: OpenVINO leaves out a rounding between the
     convolution and the add that it fuses, and would no longer compute the program's function."""

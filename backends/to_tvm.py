@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -67,6 +67,7 @@ class ToTvm:
 
     name: ClassVar[str] = "tvm"
     api_version: ClassVar[int] = API_VERSION
+    zeros: ClassVar[Mapping[str, str]] = {"": "dense speed: zeros are multiplied like any number"}
     # Operators compute in float32 between quantize and dequantize: any grid will do, and rounding
     # what only adds and pools read would cost time and accuracy for nothing.
     scheme: ClassVar[QuantScheme] = QuantScheme(

@@ -3,7 +3,8 @@
 Per pass: whether it changed anything, nodes, parameters, FLOPs and bytes after it, the verdict of
 its check with the measured error, accuracy where there are labels, and seconds. Per artifact:
 size on disk, FLOPs, accuracy, latency and speed-up over the original in the same run, the
-certificate's verdict with its measured error, and how many layers truly run on integers.
+certificate's verdict with its measured error, and how many layers truly run on integers. Per
+weight with zeros: their pattern and share, and what each target makes of them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from pruna_ir.sparsity import SparsityRow, uses
 
 Cell = str
 Table = tuple[str, Sequence[str], Sequence[Sequence[Cell]]]
@@ -126,6 +129,7 @@ class Report:
         versions: of the tools.
         seed: of everything random.
         latency_batch: the batch size of latencies.
+        sparsity: the weights with zeros in the final programs.
     """
 
     model: str
@@ -138,6 +142,7 @@ class Report:
     seed: int
     latency_batch: int
     accuracy: float | None = None
+    sparsity: tuple[SparsityRow, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values; what is not finite becomes a string."""
@@ -161,7 +166,9 @@ def tables(report: Report) -> list[Table]:
     found = [_steps(report)]
     if report.artifacts:
         found += [_artifacts(report), _verification(report)]
-    return [_without_empty(table) for table in found]
+    if report.sparsity:
+        found += [_sparsity(report), _uses(report)]
+    return [_without_empty(table) for table in found if table[2]]
 
 
 def _steps(report: Report) -> Table:
@@ -218,6 +225,24 @@ def _artifact(row: ArtifactRow) -> list[Cell]:
 def _verification(report: Report) -> Table:
     rows = [[row.target, row.verdict, row.verification, row.note] for row in report.artifacts]
     return "verification", ("target", "verdict", "what was compared", "note"), rows
+
+
+def _sparsity(report: Report) -> Table:
+    columns = ("weight", "pattern", "zeros", "stored", "compressed", "cuSPARSELt in float16")
+    rows = [
+        [
+            row.weight, row.pattern, f"{row.zeros / row.entries:.1%}", quantity(row.bytes, "B"),
+            quantity(row.compressed_bytes, "B"), row.cusparselt,
+        ]
+        for row in report.sparsity
+    ]  # fmt: skip
+    title = "sparsity (stored dense; compressed is what the pattern could take)"
+    return title, columns, rows
+
+
+def _uses(report: Report) -> Table:
+    rows = [[target, pattern, str(n), use] for target, pattern, n, use in uses(report.sparsity)]
+    return "zeros on the targets", ("target", "pattern", "weights", "what becomes of them"), rows
 
 
 def integers(audit: dict[str, dict[str, int]]) -> str:

@@ -51,7 +51,7 @@ class ScopeSpec:
 Item = PassSpec | ScopeSpec
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
-_WORD = re.compile(r"[A-Za-z0-9_./*+-]+")
+_WORD = re.compile(r"[A-Za-z0-9_.:/*+-]+")
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./*-]*")
 _KEYWORDS: dict[str, Value] = {"true": True, "false": False, "none": None}

@@ -26,6 +26,7 @@ from pruna_ir.registry import find_backend
 from pruna_ir.report import Report, plain_text, rich_text
 from pruna_ir.serialize import save_program, whole_file
 from pruna_ir.sources import load_source
+from pruna_ir.sparsity import sparsity
 
 REPORT = "report.json"
 SYNTHETIC = (
@@ -65,6 +66,7 @@ def execute(args: argparse.Namespace, out: Console) -> int:
         versions=versions(),
         seed=args.seed,
         latency_batch=args.latency_batch,
+        sparsity=sparsity(compiled.programs),
     )
     _show(report, args, out)
     return next((row.exit_code for row in report.artifacts if row.exit_code), 0)
