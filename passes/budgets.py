@@ -170,32 +170,15 @@ class Timed:
     without: Callable[[Mask], Program]
 
     def reach(self, selector: Selector, wanted: float, gone: Mask) -> Mask:
-        """A selection that saves the share within `LATENCY_TOLERANCE`, or the nearest above.
-
-        The share of channels is bracketed and interpolated, `LATENCY_BUILDS` times at most.
-        """
-        low, high = (0.0, 0.0), (1.0, math.nan)
-        best: Mask | None = None
-        # Cost falls with the square of the width, roughly.
-        share, most = 1 - math.sqrt(1 - wanted), 0.0
-        for _ in range(LATENCY_BUILDS):
-            mask = selector.at(share) | gone
-            if best is not None and bool((mask == best).all()):
-                break
-            saved = self.watch.removed(self.without(mask))
-            most = max(most, saved)
-            if abs(saved - wanted) <= LATENCY_TOLERANCE:
-                return mask
-            if saved > wanted:
-                best, high = mask, (share, saved)
-            elif share == 1.0:
-                break
-            else:
-                low = (share, saved)
-            share = _next_share(low, high, wanted)
-        if best is None:
+        """A selection that saves the share within `LATENCY_TOLERANCE`, or the nearest above."""
+        mask, most = reach_measured(
+            lambda share: selector.at(share) | gone,
+            lambda mask: self.watch.removed(self.without(mask)),
+            wanted,
+        )
+        if mask is None:
             raise _impossible(wanted, "latency", most, selector.limits, "")
-        return best
+        return mask
 
     def told(self, gone: Mask) -> str:
         """A last measurement of the selection that was chosen."""
@@ -303,6 +286,41 @@ def _inputs(artifact: Artifact, program: Program) -> list[np.ndarray[Any, Any]]:
 def _numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     array: np.ndarray[Any, Any] = tensor.detach().cpu().numpy()
     return array
+
+
+def reach_measured(
+    at: Callable[[float], Mask], removed: Callable[[Mask], float], wanted: float
+) -> tuple[Mask | None, float]:
+    """A selection that saves the wanted share, or the nearest above; and the most that any saved.
+
+    The share of channels is bracketed and interpolated. None stands for a wanted share that no
+    selection saves.
+
+    Args:
+        at: the selection for a share of the channels in [0, 1].
+        removed: measures the share that a selection saves; called `LATENCY_BUILDS` times at most.
+        wanted: the share to save, within `LATENCY_TOLERANCE`.
+    """
+    low, high = (0.0, 0.0), (1.0, math.nan)
+    best: Mask | None = None
+    # Cost falls with the square of the width, roughly.
+    share, most = 1 - math.sqrt(1 - wanted), 0.0
+    for _ in range(LATENCY_BUILDS):
+        mask = at(share)
+        if best is not None and bool((mask == best).all()):
+            break
+        saved = removed(mask)
+        most = max(most, saved)
+        if abs(saved - wanted) <= LATENCY_TOLERANCE:
+            return mask, most
+        if saved > wanted:
+            best, high = mask, (share, saved)
+        elif share == 1.0:
+            break
+        else:
+            low = (share, saved)
+        share = _next_share(low, high, wanted)
+    return best, most
 
 
 def _next_share(low: tuple[float, float], high: tuple[float, float], wanted: float) -> float:

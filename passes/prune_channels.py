@@ -226,7 +226,7 @@ class PruneChannels(Pass):
     ) -> Mask:
         """Per unit, whether it goes after all rounds."""
         gone = np.zeros(len(coupling.solved.frozen), np.bool_)
-        if not candidates:
+        if not candidates and self.of == "channels":
             return gone
         limits = Limits(self.ranking, self.min_channels, self.round_to, self.max_ratio)
         capped = self.of != "channels" or self.ranking == "global"

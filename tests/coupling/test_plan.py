@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pruna_ir import capture
-from pruna_ir.coupling import RemovalPlan, couple, remove
+from pruna_ir.coupling import RemovalPlan
 from pruna_ir.errors import UsageError
-from pruna_ir.transform import Context, Rewrite
 from tests.coupling.random_networks import networks
-from tests.coupling.test_random_networks import program_of, pruned
+from tests.coupling.random_removal import applied, program_of, pruned
 
 PHASES = [Phase.explicit, Phase.reuse, Phase.generate]
 
@@ -159,12 +158,6 @@ def test_composing_needs_shapes_and_a_second_plan_that_fits():
 # -- on programs -------------------------------------------------------------------------------
 
 
-def applied(program, plan):
-    rw = Rewrite(program, "remove", Context())
-    remove(rw, couple(program), plan)
-    return rw.finish()
-
-
 def tensors_are_identical(a, b):
     one, other = a.tensors(), b.tensors()
     assert list(one) == list(other)
@@ -182,8 +175,8 @@ def test_pruning_twice_is_the_composed_plan_bit_for_bit(network, share, seed):
     both = first.then(second, shapes_of(program))
     at_once = applied(program, both)
     tensors_are_identical(smallest, at_once)
-    x = torch.randn(3, 3, 6, 6)
-    assert all(map(torch.equal, smallest(x), at_once(x)))
+    inputs = program.examples
+    assert all(map(torch.equal, smallest(*inputs), at_once(*inputs)))
 
 
 def test_the_order_of_two_plans_matters():
