@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import io
 import linecache
 import re
+import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -201,10 +203,17 @@ def _run_export(
 ) -> torch.export.ExportedProgram:
     arg_shapes, kwarg_shapes = shapes
     by_name = _by_parameter(module, arg_shapes, kwarg_shapes)
+    printed, graph = io.StringIO(), ""
     try:
-        return torch.export.export(module, args, kwargs, dynamic_shapes=by_name, strict=False)
+        with redirect_stderr(printed):
+            return torch.export.export(module, args, kwargs, dynamic_shapes=by_name, strict=False)
     except Exception as error:
+        graph = str(getattr(error, "partial_fx_graph", ""))
         raise CaptureError(_explain(error)) from error
+    finally:
+        # torch prints the graph up to where it failed, screens of it; all else is passed on.
+        sys.stderr.write(printed.getvalue().replace(f"{graph}\n", "") if graph else
+                         printed.getvalue())  # fmt: skip
 
 
 def _by_parameter(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -159,3 +161,17 @@ def test_a_tied_weight_has_one_name_and_always_the_same():
 
     program = capture(Tied(), (torch.tensor([[1, 2], [3, 4]]),))
     assert list(program.tensors()) == ["head.weight"]
+
+
+def test_a_failed_export_leaves_the_terminal_to_its_error(capsys):
+    class Chatty(nn.Module):
+        def forward(self, x):
+            print("what the model says", file=sys.stderr)
+            kept = x[x[:, 0] > 0]
+            return kept * 2 if kept.numel() > 4 else kept
+
+    with pytest.raises(CaptureError, match="data-dependent"):
+        capture(Chatty(), (torch.ones(3, 2),))
+    said = capsys.readouterr().err
+    assert "what the model says" in said
+    assert "def forward(" not in said
