@@ -119,8 +119,10 @@ def _aim(
 
 
 def _end(found: Tail) -> str:
-    last = found.nodes[-1] if found.nodes else None
-    return last.name if last not in (None, found.addition) else ""  # type: ignore[union-attr]
+    """The name of the last operator; empty where it is the layer, or only adds its bias."""
+    if not found.nodes or found.nodes[-1] is found.addition:
+        return ""
+    return found.nodes[-1].name
 
 
 def _lost(layer: Layer, counterpart: Layer) -> int:
@@ -176,18 +178,17 @@ def shift(rw: Rewrite, aim: Aim, amount: Tensor) -> str:
     a bias that is added behind it, else into a new bias.
     """
     layer, node = aim.layer, aim.layer.node
+    sign = 1.0
     if layer.bias is not None:
-        source, reader, argument, sign = layer.bias, node, str(layer.form.bias), 1.0
+        reader, argument = node, str(layer.form.bias)
     elif aim.now.norm is not None:
-        source, reader = rw.call(aim.now.norm).producer("running_mean"), aim.now.norm
-        argument, sign = "running_mean", -1.0
+        reader, argument, sign = aim.now.norm, "running_mean", -1.0
     elif aim.now.addition is not None:
-        reader, sign = aim.now.addition, 1.0
-        first = rw.call(reader).producer("self")
-        argument = "other" if first is node else "self"
-        source = rw.call(reader).producer(argument)
+        reader = aim.now.addition
+        argument = "other" if rw.call(reader).producer("self") is node else "self"
     else:
         return _new_bias(rw, layer, amount)
+    source = rw.call(reader).producer(argument)
     assert source is not None
     old = rw.program.tensor(str(source.target)).detach()
     derived = rw.derive(source, old.double() + sign * amount.to(old.device), reader)

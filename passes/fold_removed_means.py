@@ -3,7 +3,7 @@
 A layer y = W x + b that lost the input channels R yields W_R x_R less at every position. Its mean
 over calibration data and positions is put back:
 
-    b'[o] = b[o] + E[(W_R x_R)[o]]        for a linear layer: b[o] + sum over j in R of W[o, j] E[x_j]
+    b'[o] = b[o] + E[(W_R x_R)[o]]      of a linear layer: b[o] + sum over j in R of W[o, j] E[x_j]
 
 Source of the idea: Ye et al., Rethinking the Smaller-Norm-Less-Informative Assumption in Channel
 Pruning of Convolution Layers, ICLR 2018, section 3 (the bias of a removed channel is absorbed);

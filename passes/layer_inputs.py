@@ -1,7 +1,7 @@
 """What arrives at each layer: calibration batches carried through a program node by node.
 
-A pass that fits one layer after another needs the inputs of layer n as the layers before it, already
-changed, produce them. Running the program anew for each layer costs O(layers^2); a `Frontier`
+A pass that fits one layer after another needs the inputs of layer n as the layers before it,
+already changed, produce them. Running the program anew for each layer costs O(layers^2); a `Frontier`
 instead holds every batch at one node and steps all of them together, so that a whole walk costs
 one run of the program over the data, whatever is changed on the way.
 

@@ -5,8 +5,8 @@ feature vectors. Here it is seen as a matrix: `patches` gives the x of chosen po
 the W, and `tail` the affine operators behind it (a bias added apart, a batch norm with running
 statistics, a residual addition), at whose end it is to be right.
 
-Limits: only layers whose weight is a tensor of the program, read directly, are seen as matrices, and
-transposed convolutions are not. Einsum and quantised layers are not layers here.
+Limits: only layers whose weight is a tensor of the program, read directly, are seen as matrices,
+and transposed convolutions are not. Einsum and quantised layers are not layers here.
 """
 
 from __future__ import annotations

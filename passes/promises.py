@@ -18,6 +18,7 @@ from pruna_ir.passes.fitting import Aim, aims
 from pruna_ir.passes.layer_inputs import batches_of, observed
 from pruna_ir.passes.least_squares import Moments, ridge
 from pruna_ir.passes.linear_layers import Layer, Tail, tail
+from pruna_ir.passes.norm_statistics import normed, survivors_of
 from pruna_ir.program import Origin, Program, shape_of
 from pruna_ir.transform import Context, Finding
 
@@ -96,11 +97,64 @@ class StatisticsAgree:
         return [
             Finding(
                 f"statistics of {node.name}",
-                total.deviation(Call(after, node)),
-                rounding_limit(after.tensor(str(Call(after, node).arg("running_var").target)).dtype),
+                total.deviation(*_stored(after, node)),
+                rounding_limit(_stored(after, node)[1].dtype),
             )
             for node, total in zip(nodes, sums, strict=True)
         ]
+
+
+def _stored(program: Program, norm: fx.Node) -> tuple[Tensor, Tensor]:
+    names = normed(program, norm)
+    if isinstance(names, str):
+        raise VerificationError(f"{norm.name}: {names}")
+    return program.tensor(names[0]), program.tensor(names[1])
+
+
+@dataclass(frozen=True)
+class OutputsAgree:
+    """What leaves some batch norms has the mean and variance that it has in the unpruned program.
+
+    Channels whose stored variance reached 0, and those that do not vary, are compared by their
+    means alone.
+
+    Attributes:
+        norms: node names.
+    """
+
+    norms: tuple[str, ...]
+
+    def __call__(self, before: Program, after: Program, context: Context) -> list[Finding]:  # noqa: ARG002
+        """One figure a norm: the largest deviation of a mean or a variance."""
+        origin = _origin(after)
+        now = [node for node in after.calls() if node.name in self.norms]
+        was = [node for node in origin.program.calls() if node.name in self.norms]
+        pairs = [(_Sums(), _Sums()) for _ in now]
+        for batch in _batches(after, context):
+            new, old = observed(after, batch, now), observed(origin.program, batch, was)
+            for a, b, (ours, theirs) in zip(now, was, pairs, strict=True):
+                ours.update(new[a])
+                kept = survivors_of(origin, b, after, a)
+                theirs.update(old[b] if kept is None else old[b].index_select(1, kept))
+        return [
+            Finding(
+                f"output of {node.name}",
+                ours.deviation(*_compared(after, node, ours, theirs)),
+                rounding_limit(node.meta["val"].dtype),
+            )
+            for node, (ours, theirs) in zip(now, pairs, strict=True)
+        ]
+
+
+def _compared(
+    after: Program, norm: fx.Node, ours: _Sums, theirs: _Sums
+) -> tuple[Tensor, Tensor]:
+    """The unpruned mean and variance; our own variance where it cannot be made to agree."""
+    stored = Call(after, norm).parameter("running_var")
+    assert stored is not None
+    (_, var), (mean, wanted) = ours.moments(), theirs.moments()
+    fixed = (stored.detach().cpu() <= 0) | (var <= 0) | (wanted <= 0)
+    return mean, torch.where(fixed, var, wanted)
 
 
 class _Sums:
@@ -122,17 +176,18 @@ class _Sums:
         self._sum = self._sum + rows.sum(1)
         self._square = self._square + rows.square().sum(1)
 
-    def deviation(self, norm: Call) -> float:
-        """The largest difference from the stored statistics, relative."""
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """The mean and the biased variance of each channel."""
         assert self._about is not None
         offset = self._sum / self._count
-        mean, var = self._about[:, 0] + offset, self._square / self._count - offset.square()
-        stored_mean, stored_var = norm.parameter("running_mean"), norm.parameter("running_var")
-        assert stored_mean is not None
-        assert stored_var is not None
-        size = (mean.square() + var).sqrt().clamp_min(1e-30)
-        of_mean = (stored_mean.detach().double().cpu() - mean).abs() / size
-        of_var = (stored_var.detach().double().cpu() - var).abs() / size.square()
+        return self._about[:, 0] + offset, self._square / self._count - offset.square()
+
+    def deviation(self, mean: Tensor, var: Tensor) -> float:
+        """The largest difference of a mean or variance from these, relative to the magnitude."""
+        own_mean, own_var = self.moments()
+        size = (own_mean.square() + own_var).sqrt().clamp_min(1e-30)
+        of_mean = (mean.detach().double().cpu() - own_mean).abs() / size
+        of_var = (var.detach().double().cpu() - own_var).abs() / size.square()
         return _larger(float(of_mean.max()), float(of_var.max()))
 
 
@@ -149,7 +204,7 @@ class _Mean:
         """Take in a batch: the layer's own output, and both ends."""
         wanted = self._aim.survivors(was)
         scale = self._aim.scale
-        self._sum += self._per_channel((now.double() - wanted.double()))
+        self._sum += self._per_channel(now.double() - wanted.double())
         self._square += self._per_channel(wanted.double().square())
         self._square += self._per_channel(own.double().square()) * scale.square()
         self._count += now.numel() // len(self._sum)

@@ -1,21 +1,35 @@
 """reestimate-batch-norm: running statistics become those of the data.
 
-After pruning, a batch norm still normalises by the mean and variance that its input had before.
-They become the population statistics over the calibration data, in topological order, so that each
-norm sees an input that the norms before it already normalise anew:
+After pruning, a batch norm still normalises by the mean m and variance v that its input had
+before. They become the population statistics over the calibration data, in topological order, so
+that each norm sees an input that the norms before it already normalise anew:
 
-    mean[c] = E[x_c]        var[c] = E[(x_c - mean[c])^2]       over all batches and positions
+    m'[c] = E[x_c]        v'[c] = E[(x_c - m'[c])^2]        over all batches and positions
 
 The variance is the biased one (divided by the number of values, not by one less): it is what
 normalises the data to variance 1 exactly. The statistics are those of all data together, not an
 average over batches and not a moving one: Wu and Johnson, Rethinking "Batch" in BatchNorm, 2021,
 section 3 (PreciseBN). Sums are float64, merged over batches.
 
-Promise (checked): over the calibration data, the running statistics of every norm are the mean and
-variance of what arrives there; nothing else changed.
+Those replace the statistics of training, which saw other (augmented) and more data. With
+``relative``, they move instead as the data's statistics moved through pruning: with x0, m and v
+the input and the statistics in the unpruned program,
 
-Limits: norms without running statistics, and those that share them with another norm (whose inputs
-differ), stay as they are, the latter with a remark.
+    v' + eps = (v + eps) Var[x] / Var[x0]
+    m' = E[x] - (E[x0] - m) sqrt((v' + eps) / (v + eps))
+
+so that over the calibration data the norm's output has the mean and variance that it had before
+pruning, and a program that lost nothing keeps its statistics. This restores the variance that
+pruning or least squares took away (Jordan et al., REPAIR, ICLR 2023, rescale to a target in the
+same way).
+
+Promise (checked): over the calibration data, the running statistics of every norm are the mean and
+variance of what arrives there; with ``relative``, what leaves it has the mean and variance of what
+leaves it in the unpruned program. Nothing else changed.
+
+Limits: norms without running statistics, and those that share them with another norm (whose
+inputs differ), stay as they are, with a remark. With ``relative``, channels that do not vary over
+the data before or after pruning keep their variance.
 """
 
 from __future__ import annotations
@@ -28,8 +42,9 @@ import torch
 from torch import Tensor, fx
 
 from pruna_ir.call import Call
-from pruna_ir.passes.layer_inputs import Frontier, calibration_inputs
-from pruna_ir.passes.promises import StatisticsAgree, Untouched
+from pruna_ir.passes.layer_inputs import Frontier, calibration_inputs, origin_of
+from pruna_ir.passes.norm_statistics import Statistics, normed, survivors_of
+from pruna_ir.passes.promises import OutputsAgree, StatisticsAgree, Untouched
 from pruna_ir.transform import Effect, Pass, Rewrite
 
 aten = torch.ops.aten
@@ -44,10 +59,16 @@ class ReestimateBatchNorm(Pass):
           -->
         batch_norm(x, gamma, beta, mean', var')         with mean' = E[x], var' = Var[x]
 
-    Requires: calibration data; eval mode. Works on any program, pruned or not.
+    Attributes:
+        relative: move the statistics as the data's moved through pruning, in place of taking
+            them over.
+
+    Requires: calibration data; eval mode. Works on any program, pruned or not; ``relative`` on one
+    that prune-channels has just left.
 
     Raises:
         UsageError: there is no calibration data.
+        PassError: ``relative``, and the program does not know what it was pruned from.
 
     >>> from pruna_ir import Context, TensorData, apply, capture
     >>> x = torch.tensor([[1.0], [2.0], [6.0]])
@@ -61,47 +82,92 @@ class ReestimateBatchNorm(Pass):
     name: ClassVar[str] = "reestimate-batch-norm"
     effect: ClassVar[Effect] = Effect.FITTED
 
+    relative: bool = False
+
     def rewrite(self, rw: Rewrite) -> None:
         """Walk over the norms in order; each sees inputs that the earlier ones normalise anew."""
-        frontier = Frontier(rw.program, calibration_inputs(rw, self.name))
-        norms: list[str] = []
+        batches = calibration_inputs(rw, self.name)
+        frontier = Frontier(rw.program, batches)
+        unpruned = _Unpruned(rw, self.name, batches) if self.relative else None
+        done: list[str] = []
         changed: list[str] = []
         for node in rw.calls(aten.batch_norm.default):
-            norm = rw.call(node)
-            names = [_statistic(norm, name) for name in ("running_mean", "running_var")]
-            if norm.flag("training") or None in names:
-                rw.skip(node, "it normalises with each batch's own statistics")
+            names = normed(rw.program, node)
+            if isinstance(names, str):
+                rw.skip(node, names)
                 continue
-            stored = [name for name in names if name is not None]
-            if others := _other_readers(rw, node, stored):
-                rw.skip(node, f"its statistics are also read by {', '.join(others)}")
+            counterpart = unpruned.counterpart(node) if unpruned else None
+            if isinstance(counterpart, str):
+                rw.skip(node, counterpart)
                 continue
             frontier.reach(node)
-            mean, var = population(frontier.values(norm.arg("input")))
-            if not bool(torch.isfinite(mean).all() and torch.isfinite(var).all()):
+            values = frontier.values(rw.call(node).arg("input"))
+            new = population(values)
+            if unpruned is not None and counterpart is not None:
+                new = unpruned.moved(node, counterpart, new)
+            if not bool(torch.isfinite(torch.cat([new.mean, new.var])).all()):
                 raise rw.error(node, "the calibration data drives its input to inf or NaN")
-            for name, value in zip(stored, (mean, var), strict=True):
+            for name, value in zip(names, (new.mean, new.var), strict=True):
                 old = rw.program.tensor(name)
                 rw.set_tensor(name, value.to(old.device, old.dtype))
-            norms.append(node.name)
-            changed += stored
-            rw.applied(node, f"statistics of {_count(frontier, norm)} values a channel")
+            done.append(node.name)
+            changed += names
+            rw.applied(node, f"statistics over {_count(values)} values a channel")
         rw.set_origin(rw.before.origin)
-        if norms:
-            rw.assure(StatisticsAgree(tuple(norms)))
+        if done:
+            test = OutputsAgree if self.relative else StatisticsAgree
+            rw.assure(test(tuple(done)))
             rw.assure(Untouched(tuple(changed)))
 
 
-def population(values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+class _Unpruned:
+    """The unpruned program over the same data, beside the pruned one."""
+
+    def __init__(self, rw: Rewrite, name: str, batches: Sequence[tuple[Tensor, ...]]) -> None:
+        self._origin = origin_of(rw, name)
+        self._program = rw.program
+        self._frontier = Frontier(self._origin.program, batches)
+        self._named = {n.name: n for n in self._origin.program.calls(aten.batch_norm.default)}
+
+    def counterpart(self, norm: fx.Node) -> fx.Node | str:
+        """The same norm there, or why there is none to compare with."""
+        found = self._named.get(norm.name)
+        if found is None:
+            return "the unpruned program has no such norm"
+        if survivors_of(self._origin, found, self._program, norm) is None:
+            return "which of its channels survive is not known"
+        return found
+
+    def moved(self, norm: fx.Node, counterpart: fx.Node, now: Statistics) -> Statistics:
+        """The unpruned norm's statistics, moved as the data's moved from there to ``now``."""
+        self._frontier.reach(counterpart)
+        call = Call(self._origin.program, counterpart)
+        kept = survivors_of(self._origin, counterpart, self._program, norm)
+        mean, var = call.parameter("running_mean"), call.parameter("running_var")
+        assert kept is not None
+        assert mean is not None
+        assert var is not None
+        values = self._frontier.values(call.arg("input"))
+        was = population([value.index_select(1, kept.to(value.device)) for value in values])
+        mean, var = (stored.detach().double().cpu()[kept] for stored in (mean, var))
+        eps = call.number("eps")
+        varies = (now.var > 0) & (was.var > 0)
+        ratio = torch.where(varies, now.var / torch.where(varies, was.var, 1.0), 1.0)
+        new_var = ((var + eps) * ratio - eps).clamp_min(0.0)
+        scale = ((new_var + eps) / (var + eps)).sqrt()
+        return Statistics(now.mean - (was.mean - mean) * scale, new_var)
+
+
+def population(values: Sequence[Tensor]) -> Statistics:
     """The mean and biased variance per channel (dimension 1) of all batches, float64.
 
-    >>> mean, var = population([torch.tensor([[1.0], [2.0]]), torch.tensor([[6.0]])])
-    >>> mean.tolist(), [round(v, 3) for v in var.tolist()]
+    >>> found = population([torch.tensor([[1.0], [2.0]]), torch.tensor([[6.0]])])
+    >>> found.mean.tolist(), [round(v, 3) for v in found.var.tolist()]
     ([3.0], [4.667])
     """
     count, mean, squares = 0, torch.zeros(0), torch.zeros(0)
     for value in values:
-        rows = value.double().movedim(1, 0).flatten(1)
+        rows = value.double().movedim(1, 0).flatten(1).cpu()
         new, own = rows.shape[1], rows.mean(1)
         spread = (rows - own[:, None]).square().sum(1)
         if not count:
@@ -111,25 +177,8 @@ def population(values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         squares = squares + spread + delta.square() * (count * new / total)
         mean = mean + delta * (new / total)
         count = total
-    return mean, squares / count
+    return Statistics(mean, squares / count)
 
 
-def _statistic(norm: Call, name: str) -> str | None:
-    source = norm.producer(name)
-    return str(source.target) if source is not None and source.op == "get_attr" else None
-
-
-def _other_readers(rw: Rewrite, norm: fx.Node, names: Sequence[str]) -> list[str]:
-    return sorted(
-        {
-            user.name
-            for name in names
-            for source in rw.graph.find_nodes(op="get_attr", target=name)
-            for user in source.users
-            if user is not norm
-        }
-    )
-
-
-def _count(frontier: Frontier, norm: Call) -> int:
-    return sum(v.numel() // v.shape[1] for v in frontier.values(norm.arg("input")))
+def _count(values: Sequence[Tensor]) -> int:
+    return sum(value.numel() // value.shape[1] for value in values)
