@@ -31,7 +31,7 @@ import torch
 
 from pruna_ir.coupling import Coupling, Group
 from pruna_ir.errors import UsageError
-from pruna_ir.passes import criteria
+from pruna_ir.passes import criteria, criteria_activations, criteria_gradients
 from pruna_ir.passes.scored_members import Candidates, Parts, Scores
 from pruna_ir.program import Program
 from pruna_ir.registry import unknown
@@ -72,6 +72,100 @@ CRITERIA: Mapping[str, Criterion] = {
         Criterion("random", "nothing", "U[0, 1)", "the baseline", 1, criteria.random),
         Criterion("l1", "nothing", "sum |w|", "Li et al., ICLR 2017", 2, criteria.l1),
         Criterion("l2", "nothing", "sqrt(sum w^2)", "Li et al., ICLR 2017", 2, criteria.l2),
+        Criterion(
+            "fpgm", "nothing", "sum_v |w_u - w_v|_2", "He et al., CVPR 2019", 2, criteria.fpgm
+        ),
+        Criterion(
+            "bn-scale", "nothing", "sum |gamma|", "Liu et al., ICCV 2017", 2, criteria.bn_scale
+        ),
+        Criterion(
+            "taylor",
+            "gradients",
+            "mean_i (sum x_i dL_i/dx_i)^2 over what consumers read",
+            "Molchanov et al., CVPR 2019",
+            1,
+            criteria_gradients.taylor,
+        ),
+        Criterion(
+            "gradient",
+            "gradients",
+            "sum |mean_i g_i|",
+            "the magnitude of the gradient",
+            2,
+            criteria_gradients.gradient,
+        ),
+        Criterion(
+            "snip",
+            "gradients",
+            "sum |w mean_i g_i| / sum over all",
+            "Lee et al., ICLR 2019",
+            1,
+            criteria_gradients.snip,
+        ),
+        Criterion(
+            "fisher",
+            "gradients",
+            "1/2 mean_i sum w^2 g_i^2",
+            "LeCun et al., 1990; Theis et al., 2018",
+            1,
+            criteria_gradients.fisher,
+        ),
+        Criterion(
+            "gauss-newton",
+            "gradients",
+            "1/2 mean_i sum w^2 g_i^2, labels drawn from the model",
+            "LeCun et al., 1990; Martens, JMLR 2020",
+            1,
+            criteria_gradients.gauss_newton,
+        ),
+        Criterion(
+            "movement",
+            "gradients",
+            "-sum_t sum w_t g_t",
+            "Sanh et al., NeurIPS 2020",
+            1,
+            criteria_gradients.movement,
+        ),
+        Criterion(
+            "activation-mean",
+            "activations",
+            "mean |x|",
+            "Molchanov et al., ICLR 2017",
+            2,
+            criteria_activations.activation_mean,
+        ),
+        Criterion(
+            "activation-rms",
+            "activations",
+            "sqrt(mean x^2)",
+            "Molchanov et al., ICLR 2017",
+            2,
+            criteria_activations.activation_rms,
+        ),
+        Criterion(
+            "activation-zeros",
+            "activations",
+            "share of x != 0 (1 - APoZ)",
+            "Hu et al., 2016",
+            1,
+            criteria_activations.activation_zeros,
+        ),
+        Criterion(
+            "wanda",
+            "activations",
+            "sum_c |w_c|_1 |x_c|_2",
+            "Sun et al., ICLR 2024",
+            2,
+            criteria_activations.wanda,
+        ),
+        Criterion(
+            "obs",
+            "activations",
+            "tr W_S ((H^-1)_SS)^-1 W_S^T, H = X X^T / N",
+            "Hassibi & Stork, 1992; Kwon et al., 2022",
+            1,
+            criteria_activations.obs,
+        ),
     )
 }
 """Every criterion by name."""
@@ -86,6 +180,7 @@ def scores(
     context: Context,
     aggregate: str = "mean",
     normalise: str = "mean",
+    window: int | None = None,
 ) -> list[Scores]:
     """The importance of every unit of every group, [units] in float64 for each.
 
@@ -97,6 +192,7 @@ def scores(
         context: the calibration data for criteria that need it, and the seed.
         aggregate: one of `AGGREGATIONS`.
         normalise: one of `NORMALISATIONS`.
+        window: criteria of activations look at the last so many batches only; None for all.
 
     Raises:
         UsageError: an unknown name; the criterion needs data and there is none; it cannot score
@@ -121,7 +217,7 @@ def scores(
             f"criterion {criterion} needs {chosen.needs}, but there is no calibration data; give "
             "it with --data FILE.npz or Context(data=...)"
         )
-    parts = chosen.parts(Candidates(program, coupling, groups, context))
+    parts = chosen.parts(Candidates(program, coupling, groups, context, window))
     return [combined(each, aggregate, normalise, chosen.power) for each in parts]
 
 

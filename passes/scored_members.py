@@ -30,12 +30,21 @@ Parts = list[Scores]
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a criterion is asked to score: groups of the coupling of a program, and with what."""
+    """What a criterion is asked to score, and with what.
+
+    Attributes:
+        program: the program; it is only read.
+        coupling: its coupling.
+        groups: groups of the coupling.
+        context: the calibration data and the seed.
+        window: for statistics of activations: only the last so many batches count.
+    """
 
     program: Program
     coupling: Coupling
     groups: Sequence[Group]
     context: Context
+    window: int | None = None
 
 
 def producers(program: Program, group: Group) -> list[Member]:
@@ -46,6 +55,14 @@ def producers(program: Program, group: Group) -> list[Member]:
     weights = [m for m in group.members if program.tensor(m.tensor).dim() > 1]
     produced = [m for m in weights if m.produced]
     return once(program, produced or weights or group.members)
+
+
+def parameters(program: Program, group: Group) -> list[Member]:
+    """The trainable members: weights, biases, scales and shifts, each tensor once."""
+    return once(
+        program,
+        (m for m in group.members if isinstance(program.tensor(m.tensor), torch.nn.Parameter)),
+    )
 
 
 def once(program: Program, members: Iterable[Member]) -> list[Member]:
