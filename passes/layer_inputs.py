@@ -1,9 +1,9 @@
 """What arrives at each layer: calibration batches carried through a program node by node.
 
 A pass that fits one layer after another needs the inputs of layer n as the layers before it,
-already changed, produce them. Running the program anew for each layer costs O(layers^2); a `Frontier`
-instead holds every batch at one node and steps all of them together, so that a whole walk costs
-one run of the program over the data, whatever is changed on the way.
+already changed, produce them. Running the program anew for each layer costs O(layers^2); a
+`Frontier` instead holds every batch at one node and steps all of them together, so that a whole
+walk costs one run of the program over the data, whatever is changed on the way.
 
 Limits: all batches are held at once, so memory is that of the live activations at the widest place
 times the number of samples. Values run at the program's own precision.
