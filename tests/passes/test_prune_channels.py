@@ -10,11 +10,14 @@ from torch import nn
 
 from pruna_ir import capture, verify
 from pruna_ir.checks import check
+from pruna_ir.coupling import RemovalPlan
 from pruna_ir.equivalence import relative_error, run_float64
 from pruna_ir.errors import UsageError
+from pruna_ir.passes.apply_plan import ApplyPlan
 from pruna_ir.passes.canonicalize import Canonicalize
 from pruna_ir.passes.fold_batch_norm import FoldBatchNorm
 from pruna_ir.passes.prune_channels import PruneChannels
+from pruna_ir.pipeline import Pipeline
 from pruna_ir.transform import apply
 from tests.networks import ConvNet, seeded
 
@@ -60,6 +63,13 @@ def test_the_weakest_rows_go(criterion):
         ({"ratio": 0.5, "exclude": ("0.*",)}, 10),
         ({"ratio": 0.5, "exclude": ("2",)}, 10),
         ({"ratio": 0.5, "exclude": ("1",)}, 5),
+        ({"ratio": 0.5, "ratios": ("0=0.2",)}, 8),
+        ({"ratio": 0.5, "ratios": ("ffn=0.2",)}, 8),
+        ({"ratio": 0.5, "ratios": ("conv=0.2",)}, 5),
+        ({"ratio": 0.5, "kinds": ("ffn",)}, 5),
+        ({"ratio": 0.5, "kinds": ("conv",)}, 10),
+        ({"ratio": 0.5, "steps": 4}, 5),
+        ({"ratio": 0.5, "of": "parameters"}, 4),
     ],
 )
 def test_options_say_how_many_stay(options, kept):
@@ -93,15 +103,182 @@ def test_tied_rows_lose_in_the_order_of_their_index():
         ({"ratio": 1.0}, r"ratio must be in \[0, 1\), not 1.0"),
         ({"ratio": -0.1}, r"not -0.1"),
         ({"ratio": math.nan}, r"not nan"),
-        ({"criterion": "l3"}, "unknown criterion 'l3'; known: l1, l2"),
+        ({"criterion": "l3"}, "unknown criterion 'l3'; known: .*l1, l2"),
         ({"ranking": "gobal"}, "unknown ranking 'gobal'; did you mean 'global'"),
         ({"round_to": 0}, "round_to must be at least 1, not 0"),
         ({"min_channels": 0}, "min_channels must be at least 1, not 0"),
+        ({"steps": 0}, "steps must be at least 1, not 0"),
+        ({"of": "flop"}, "unknown of 'flop'; did you mean 'flops'"),
+        ({"aggregate": "median"}, "unknown aggregate 'median'"),
+        ({"normalise": "men"}, "unknown normalise 'men'; did you mean 'mean'"),
+        ({"kinds": ("head",)}, "kinds: unknown kind 'head'; did you mean 'heads'"),
+        ({"max_ratio": 0.0}, r"max_ratio must be in \(0, 1\], not 0.0"),
+        ({"max_ratio": 1.1}, r"max_ratio must be in \(0, 1\], not 1.1"),
+        ({"ratios": ("conv:0.3",)}, r"an entry of ratios is KIND=RATIO .*, not 'conv:0.3'"),
+        (
+            {"ratio": 0.95, "ranking": "global"},
+            r"a global ratio of 0\.95 is more than max_ratio=0\.9 allows",
+        ),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
         PruneChannels(**options)
+
+
+@pytest.mark.parametrize("option", ["exclude", "ratios"])
+def test_a_glob_that_means_nothing_is_refused(option):
+    globs = {"exclude": ("leyer.*",), "ratios": ("leyer.*=0.3",)}
+    message = (
+        rf"prune-channels: {option}: 'leyer\.\*' is the name of no tensor or module; the tensors "
+        r"are called 0\.weight, 0\.bias, 2\.weight\.\.\."
+    )
+    with pytest.raises(UsageError, match=message):
+        apply(PruneChannels(**{option: globs[option]}), two_layers())
+
+
+def test_options_in_pipeline_text():
+    text = (
+        'prune-channels{ratio=0.3,of=flops,ranking=global,ratios=["conv=0.4","layer4.*=0.2"],'
+        "kinds=[conv,heads],steps=2,round_to=8}"
+    )
+    (pass_,) = Pipeline.parse(text).passes()
+    assert pass_ == PruneChannels(
+        ratio=0.3, of="flops", ranking="global", ratios=("conv=0.4", "layer4.*=0.2"),
+        kinds=("conv", "heads"), steps=2, round_to=8,
+    )  # fmt: skip
+    assert str(Pipeline.parse(text)) == text
+
+
+def transformer():
+    """Width 12, 3 heads of 4, 10 hidden neurons, behind a convolution of 6 and before a head."""
+    torch.manual_seed(0)
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.patch = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 12, 2, 2)
+            self.qkv, self.out = nn.Linear(12, 36), nn.Linear(12, 12)
+            self.up, self.down = nn.Linear(12, 10), nn.Linear(10, 12)
+            self.head = nn.Linear(12, 2)
+
+        def forward(self, x):
+            x = self.patch(self.stem(x).relu()).flatten(2).transpose(1, 2)
+            n, s, _ = x.shape
+            q, k, v = self.qkv(x).view(n, s, 3, 3, 4).permute(2, 0, 3, 1, 4).unbind(0)
+            y = nn.functional.scaled_dot_product_attention(q, k, v)
+            x = x + self.out(y.transpose(1, 2).reshape(n, s, 12))
+            return self.head((x + self.down(self.up(x).relu())).mean(1))
+
+    program = capture(Block(), (torch.randn(2, 3, 8, 8),))
+    return apply(Canonicalize(), program).program
+
+
+@pytest.mark.parametrize(
+    ("options", "stem", "width", "heads", "hidden"),
+    [
+        ({}, 3, 6, 2, 5),
+        ({"kinds": ("conv",)}, 3, 12, 3, 10),
+        ({"kinds": ("heads", "ffn")}, 6, 12, 2, 5),
+        ({"kinds": ("transformer",)}, 6, 6, 2, 5),
+        ({"ratios": ("conv=0.34", "transformer=0.4")}, 4, 8, 2, 6),
+        ({"ratio": 0.0, "ratios": ("ffn=0.7",)}, 6, 12, 3, 3),
+        ({"ratios": ("transformer=0.4", "up=0.9")}, 3, 8, 2, 1),
+        ({"ratio": 0.34, "round_to": 4}, 4, 8, 2, 8),
+    ],
+)
+def test_kinds_and_their_ratios(options, stem, width, heads, hidden):
+    small = shapes(apply(PruneChannels(**options), transformer()).program)
+    assert small["stem.weight"][0] == stem
+    assert small["patch.weight"][0] == width
+    assert small["qkv.weight"] == [12 * heads, width]
+    assert small["up.weight"] == [hidden, width]
+
+
+def test_remarks_name_the_kinds():
+    result = apply(PruneChannels(kinds=("conv", "heads", "ffn")), transformer())
+    told = [remark.message.split(" from ")[0] for remark in result.remarks]
+    assert "removed 3 of 6 conv channels" in told
+    assert "removed 1 of 3 heads" in told
+    assert "removed 5 of 10 ffn channels" in told
+    assert any(text.endswith("stay: kinds=conv,heads,ffn leaves width out") for text in told)
+
+
+# -- rounds ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranking", ["layer", "global"])
+@pytest.mark.parametrize("make", [two_layers, transformer])
+@pytest.mark.parametrize("steps", [2, 3, 7])
+def test_rounds_end_at_the_same_number_of_channels(steps, make, ranking):
+    program = make()
+    at_once = apply(PruneChannels(ratio=0.5, ranking=ranking), program)
+    in_rounds = apply(PruneChannels(ratio=0.5, ranking=ranking, steps=steps), program)
+    if ranking == "layer":
+        assert shapes(in_rounds.program) == shapes(at_once.program)
+    assert removed_units(in_rounds) == removed_units(at_once)
+    inputs = program.examples
+    assert error_against_oracle(program, in_rounds, inputs) < TOLERANCE
+
+
+def removed_units(result):
+    """The number of units that the remarks tell of."""
+    told = [r.message.split() for r in result.remarks if r.kind == "applied"]
+    return sum(int(words[1]) for words in told)
+
+
+def test_later_rounds_score_what_earlier_ones_left():
+    """Row 0 of the second layer lives off the first layer's weakest channel."""
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    with torch.no_grad():
+        module[0].weight.copy_(torch.tensor([1.0, 2, 8, 9])[:, None].expand(4, 3))
+        module[1].weight.copy_(
+            torch.tensor([[50.0, 1, 1, 1], [0, 0, 5, 5], [0, 0, 6, 6], [0, 0, 7, 7]])
+        )
+    program = capture(module, (torch.randn(2, 3),))
+
+    def kept(steps):
+        small = apply(PruneChannels(ratio=0.5, steps=steps), program).program
+        return small.tensor("1.weight").sum(1).tolist()
+
+    assert kept(1) == [2.0, 14.0]
+    # The second round no longer sees the weight of 50.
+    assert kept(2) == [12.0, 14.0]
+
+
+# -- the origin and the plan -------------------------------------------------------------------
+
+
+def test_the_result_remembers_what_it_was_pruned_from():
+    program = two_layers()
+    result = apply(PruneChannels(ratio=0.3), program).program
+    assert result.origin.program is program
+    assert result.origin.removed["0.weight"] == {0: (7, 8, 9)}
+
+
+def test_pruning_twice_counts_from_the_first_program():
+    program = transformer()
+    once = apply(PruneChannels(ratio=0.34), program).program
+    twice = apply(PruneChannels(ratio=0.5, criterion="l2"), once).program
+    assert twice.origin.program is program
+    plan = RemovalPlan(twice.origin.removed)
+    again = apply(ApplyPlan(plan.to_json()), program).program
+    assert again.hash() == twice.hash()
+
+
+def test_a_saved_plan_is_the_whole_removal(tmp_path):
+    program, file = transformer(), tmp_path / "new" / "plan.json"
+    once = apply(PruneChannels(ratio=0.34), program).program
+    twice = apply(PruneChannels(ratio=0.5, save_plan=str(file)), once).program
+    assert [path.name for path in file.parent.iterdir()] == ["plan.json"]
+    again = apply(ApplyPlan(str(file)), program)
+    assert again.program.hash() == twice.hash()
+
+
+def test_weights_keep_their_names():
+    program = transformer()
+    small = apply(PruneChannels(), program).program
+    assert list(small.tensors()) == list(program.tensors())
 
 
 def test_remarks_say_what_went_and_what_stays():
