@@ -135,9 +135,15 @@ def _embedding(operands: Operands) -> Masked:
 def _pad(operands: Operands) -> Masked:
     value = lift(operands.call())
     if operands.get("mode") not in (None, "constant"):
+        # Reflected and repeated elements take their masks along.
         moved = operands.call(lambda m: m.mask.to(torch.float64))
         return masked(value, moved > 0.5)
-    alive = aten.constant_pad_nd.default(operands["self"].mask, operands["pad"], True)  # noqa: FBT003
+    alive, pad = operands["self"].mask, operands["pad"]
+    for k in range(0, len(pad), 2):
+        # A line of which nothing is alive is not there to be padded.
+        dim = alive.dim() - 1 - k // 2
+        line, sides = alive.any(dim, keepdim=True), [0] * k + list(pad[k : k + 2])
+        alive = aten.constant_pad_nd.default(alive, sides, True) & line  # noqa: FBT003
     return masked(value, alive)
 
 
@@ -230,7 +236,9 @@ HANDLERS: dict[str, Handler] = {
     "aten::embedding": _embedding,
     "aten::pad": _pad,
     "aten::constant_pad_nd": _pad,
-    "aten::grid_sampler": _grid_sampler,
+    **dict.fromkeys(
+        ("aten::grid_sampler", "aten::grid_sampler_2d", "aten::grid_sampler_3d"), _grid_sampler
+    ),
     "aten::im2col": _im2col,
     "aten::col2im": _col2im,
 }

@@ -36,6 +36,7 @@ from pruna_ir.masked_operators import (
     masked,
     plain,
     refusal,
+    restrided,
     wrap,
 )
 from pruna_ir.masked_statistics import rms_norm
@@ -167,7 +168,7 @@ def _run(node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
         return rms_norm(Operands(node, fx.map_arg(bind_arguments(node), lambda n: env[n])))
     if not _yields_tensors(node) or not any(_is_dead(operand) for operand in operands):
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: plain(env[n]))
-        return wrap(node.target(*lifted(args), **lifted(kwargs)))
+        return wrap(restrided(node.target)(*lifted(args), **lifted(kwargs)))
     bound = fx.map_arg(bind_arguments(node), lambda n: env[n])
     return handler_of(node)(Operands(node, lifted(bound)))
 

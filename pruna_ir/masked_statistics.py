@@ -242,13 +242,21 @@ def _channelwise(axis: str | int, *names: str) -> Handler:
 
 
 def _batch_norm(operands: Operands) -> Any:
-    """Each channel for itself: statistics of the batch need all of a channel, or none."""
-    x = operands["input"]
+    """Each channel for itself: running statistics, or those of its alive elements."""
     if operands.get("training"):
-        uniform(operands, x.mask, [d for d in range(x.value.dim()) if d != 1])
+        return _channel_norm(operands, batch=True)
     if operands.get("use_input_stats"):
-        uniform(operands, x.mask, range(2, x.value.dim()))
+        return _channel_norm(operands, batch=False)
     return _channelwise(1, "weight", "bias", "running_mean", "running_var")(operands)
+
+
+def _channel_norm(operands: Operands, *, batch: bool) -> Masked:
+    """Normalised by the statistics of a channel over space, and over the batch as well."""
+    x = operands["input"]
+    dims = [d for d in range(x.value.dim()) if d > 1 or (batch and d == 0)]
+    count, mean, squares = _moments(x, dims)
+    value = (x.value - mean) * (squares / count.clamp(min=1) + operands["eps"]).rsqrt()
+    return _affine(operands, x, value, (x.value.shape[1], *[1] * (x.value.dim() - 2)))
 
 
 _ALONG = (

@@ -49,6 +49,13 @@ def _reduce(site: Site) -> Result:
     return reduced
 
 
+def _reduce_twice(site: Site) -> Result:
+    """Two statistics over the same channels."""
+    result = _reduce(site)
+    assert isinstance(result, Value)
+    return result, result
+
+
 def _whole_dim(site: Site) -> Result:
     """The operator mixes the indices of ``dim``, or returns them: none may vanish."""
     if site.maybe("other") is not None:
@@ -127,12 +134,12 @@ REDUCE = Rule(_reduce)
 CREATED = Rule(_created, _resize_created)
 
 _ELEMENTWISE = (
-    "hardswish dropout alpha_dropout feature_dropout native_dropout clone contiguous alias detach "
-    "lift_fresh_copy __and__ __or__ __xor__ bitwise_not where masked_fill expand_as copy "
-    "zeros_like ones_like full_like empty_like rand_like nan_to_num hardsigmoid log_sigmoid "
-    "fake_quantize_per_tensor_affine"
+    "hardswish dropout alpha_dropout feature_dropout feature_alpha_dropout native_dropout clone "
+    "contiguous alias detach lift_fresh_copy __and__ __or__ __xor__ bitwise_not where masked_fill "
+    "expand_as copy zeros_like ones_like full_like empty_like rand_like nan_to_num hardsigmoid "
+    "log_sigmoid _weight_norm fake_quantize_per_tensor_affine"
 )
-_UNARY = "to _to_copy type_as to_copy fill fill_"
+_UNARY = "to _to_copy type_as fill"
 _WHOLE = (
     "softmax _softmax log_softmax _log_softmax cumsum cumprod sort topk argsort argmax argmin "
     "max min median flip roll diff prod logsumexp any all"
@@ -140,13 +147,16 @@ _WHOLE = (
 _REDUCE = "mean sum amax amin var std linalg_vector_norm"
 _CREATED = "zeros ones full empty new_zeros new_ones new_full new_empty"
 _WINDOW = {
-    1: "max_pool1d avg_pool1d adaptive_avg_pool1d upsample_linear1d upsample_nearest1d "
-       "reflection_pad1d replication_pad1d",
+    1: "max_pool1d max_pool1d_with_indices avg_pool1d adaptive_avg_pool1d adaptive_max_pool1d "
+       "upsample_linear1d upsample_nearest1d _upsample_nearest_exact1d reflection_pad1d "
+       "replication_pad1d",
     2: "max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d max_pool2d_with_indices "
        "upsample_bilinear2d upsample_nearest2d upsample_bicubic2d _upsample_bicubic2d_aa "
-       "_upsample_bilinear2d_aa reflection_pad2d replication_pad2d _adaptive_avg_pool2d lp_pool2d "
-       "upsample_nearest_exact2d _upsample_nearest_exact2d",
-    3: "max_pool3d avg_pool3d adaptive_avg_pool3d upsample_trilinear3d upsample_nearest3d",
+       "_upsample_bilinear2d_aa reflection_pad2d replication_pad2d _adaptive_avg_pool2d "
+       "_upsample_nearest_exact2d",
+    3: "max_pool3d max_pool3d_with_indices avg_pool3d adaptive_avg_pool3d adaptive_max_pool3d "
+       "_adaptive_avg_pool3d upsample_trilinear3d upsample_nearest3d _upsample_nearest_exact3d "
+       "reflection_pad3d replication_pad3d",
 }  # fmt: skip
 
 RULES: dict[str, Rule] = {
@@ -160,5 +170,7 @@ RULES: dict[str, Rule] = {
         for spatial, names in _WINDOW.items()
         for name in names.split()
     },
+    "aten::var_mean": Rule(_reduce_twice),
+    "aten::std_mean": Rule(_reduce_twice),
     "aten::glu": Rule(_glu),
 }

@@ -30,6 +30,11 @@ def _conv(site: Site) -> Result:
     spatial = len(weight.dims) - 2
     x = site.because("slides over them").whole_dims(x, range(len(x.dims) - spatial, len(x.dims)))
     weight = _silent(site).whole_dims(weight, range(2, 2 + spatial))
+    if not isinstance(site.arg("groups"), int):
+        dynamic = site.because("are convolved in a dynamic number of groups")
+        for operand in site.operands():
+            dynamic.freeze(operand)
+        return site.untracked()
     transposed = bool(site.arg("transposed")) or "transpose" in str(site.node.target)
     groups = int(site.arg("groups"))
     lead = len(x.dims) - spatial - 1
@@ -117,8 +122,8 @@ def _linear(site: Site) -> Result:
 
 
 def _matmul(site: Site) -> Result:
-    a = site.operands()[0] if site.maybe("self") is None else site.value("self")
-    return _product(site, a, site.value("mat2" if "mat2" in site.arguments else "other"))
+    a, b = site.operands()
+    return _product(site, a, b)
 
 
 def _product(site: Site, a: Value, b: Value) -> Value:
@@ -264,7 +269,8 @@ def _resize_layer_norm(edit: Edit) -> None:
 
 
 def _group_norm(site: Site) -> Result:
-    """Every group loses the same local channels; the number of groups stays."""
+    """Every group loses the same local channels, and the number of groups stays; groups of one
+    channel go with it."""
     value = site.value("input")
     groups = int(site.arg("num_groups" if "num_groups" in site.arguments else "group"))
     for name in ("weight", "bias"):
@@ -272,7 +278,7 @@ def _group_norm(site: Site) -> Result:
         if parameter is not None:
             value, _ = site.algebra.meet_dims(value, [1], parameter.renamed(), [0])
     channels = value.sizes()[1]
-    if groups == 1 or not value.tracked(1):
+    if groups in (1, channels) or not value.tracked(1):
         return _first_of(site, value)
     split = _split_dim(site, value, 1, groups, channels // groups)
     equal = site.because("belongs to a group that must keep its size")
@@ -284,6 +290,14 @@ def _group_norm(site: Site) -> Result:
             site.links.tie(block.ids, axes)
     merged = split.with_dims((split.dims[0], (*split.dims[1], *split.dims[2]), *split.dims[3:]))
     return _first_of(site, merged)
+
+
+def _resize_group_norm(edit: Edit) -> None:
+    """One group a channel: groups go with their channels."""
+    name = "num_groups" if "num_groups" in edit.arguments else "group"
+    before, after = edit.counts(edit.value("input"), 1)
+    if before == edit.arg(name) and before != 1:
+        edit.update(**{name: after})
 
 
 def _prelu(site: Site) -> Result:
@@ -312,7 +326,7 @@ _CONVS = (
 RULES: dict[str, Rule] = {
     **{f"aten::{name}": Rule(_conv, _resize_conv) for name in _CONVS.split()},
     "aten::linear": Rule(_linear),
-    **{f"aten::{name}": Rule(_matmul) for name in ("matmul", "mm", "bmm", "mv", "dot")},
+    **{f"aten::{name}": Rule(_matmul) for name in ("matmul", "mm", "bmm", "mv", "dot", "vdot")},
     "aten::addmm": Rule(_addmm),
     "aten::baddbmm": Rule(_addmm),
     "aten::embedding": Rule(_embedding),
@@ -323,7 +337,7 @@ RULES: dict[str, Rule] = {
     "aten::layer_norm": Rule(_layer_norm, _resize_layer_norm),
     "aten::native_layer_norm": Rule(_layer_norm, _resize_layer_norm),
     "aten::rms_norm": Rule(_layer_norm, _resize_layer_norm),
-    "aten::group_norm": Rule(_group_norm),
+    "aten::group_norm": Rule(_group_norm, _resize_group_norm),
     "aten::prelu": Rule(_prelu),
     "pruna::fake_quant": Rule(_per_channel),
 }
