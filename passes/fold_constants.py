@@ -185,7 +185,7 @@ _VIEWS = frozenset(
     {
         aten.reshape.default, aten.view.default, aten.transpose.int, aten.permute.default,
         aten.t.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim,
-        aten.squeeze.dims, aten.flatten.using_ints,
+        aten.squeeze.dims, aten.flatten.using_ints, aten.numpy_T.default, aten.mT.default,
     }
 )  # fmt: skip
 
