@@ -200,6 +200,19 @@ def readings(candidates: Candidates, found: list[Consumer] | None = None) -> lis
     return result
 
 
+def unread(candidates: Candidates) -> list[str]:
+    """For every group, why no consumer says anything of it; empty where one does."""
+    return [
+        "" if found else "no linear layer, convolution or product reads its channels"
+        for found in readings(candidates)
+    ]
+
+
+def distinct(found: list[Reading]) -> list[Reading]:
+    """Readings of different channels: an input that several consumers read counts once."""
+    return list({(r.consumer.key, r.unit.tobytes()): r for r in found}.values())
+
+
 def _whole(reading: Reading) -> bool:
     """Whether every unit has channels here, and all have as many."""
     counts = np.bincount(reading.unit, minlength=reading.units)

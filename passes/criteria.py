@@ -28,8 +28,7 @@ import zlib
 import numpy as np
 import torch
 
-from pruna_ir.coupling import Group
-from pruna_ir.errors import UsageError
+from pruna_ir.coupling import Group, Member
 from pruna_ir.passes.norm_scales import norm_scales
 from pruna_ir.passes.scored_members import (
     Candidates,
@@ -116,25 +115,28 @@ _ROWS = 512
 
 
 def bn_scale(candidates: Candidates) -> list[Parts]:
-    """The magnitude of the scales of the norms over the channels.
+    """The magnitude of the scales of the norms over the channels."""
+    return [
+        [per_unit(_weight(candidates, m.tensor).double().abs(), m) for m in members]
+        for members in _scales(candidates)
+    ]
 
-    Raises:
-        UsageError: a group has no such norm.
-    """
+
+def without_scale(candidates: Candidates) -> list[str]:
+    """For every group, why bn-scale cannot score it; empty where it can."""
+    return [
+        "" if members else "no norm with a scale runs over its channels, or it was folded"
+        for members in _scales(candidates)
+    ]
+
+
+def _scales(candidates: Candidates) -> list[list[Member]]:
+    """The scales of the norms over each group's channels."""
     scales = norm_scales(candidates.program)
-    result = []
-    for group in candidates.groups:
-        members = once(candidates.program, (m for m in group.members if m.tensor in scales))
-        if not members:
-            raise UsageError(
-                f"bn-scale cannot score {group.name}: no batch, layer or other norm with a scale "
-                "runs over its channels (a folded one is gone); exclude it or choose another "
-                "criterion"
-            )
-        result.append(
-            [per_unit(_weight(candidates, m.tensor).double().abs(), m) for m in members]
-        )
-    return result
+    return [
+        once(candidates.program, (m for m in group.members if m.tensor in scales))
+        for group in candidates.groups
+    ]
 
 
 def _weight(candidates: Candidates, name: str) -> torch.Tensor:

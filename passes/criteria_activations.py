@@ -33,9 +33,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
-from pruna_ir.errors import UsageError
 from pruna_ir.passes.activation_evidence import activation_evidence
-from pruna_ir.passes.consumers import Consumer, Ids, Reading, readings
+from pruna_ir.passes.consumers import Consumer, Ids, Reading, distinct, readings
 from pruna_ir.passes.evidence import Evidence
 from pruna_ir.passes.scored_members import Candidates, Parts, Scores
 
@@ -75,7 +74,7 @@ def wanda(candidates: Candidates) -> list[Parts]:
 
 def obs(candidates: Candidates) -> list[Parts]:
     """The squared error that a consumer is left with after a least-squares refit."""
-    found = _read(candidates)
+    found = readings(candidates)
     wanted: dict[str, tuple[Consumer, tuple[str, ...]]] = {}
     for each in found:
         for reading in each:
@@ -89,9 +88,9 @@ def obs(candidates: Candidates) -> list[Parts]:
 def _scored(
     candidates: Candidates, statistics: tuple[str, ...], score: Score, *, once: bool = False
 ) -> list[Parts]:
-    found = _read(candidates)
+    found = readings(candidates)
     if once:
-        found = [list({_same(reading): reading for reading in each}.values()) for each in found]
+        found = [distinct(each) for each in found]
     wanted: Mapping[str, tuple[Consumer, tuple[str, ...]]] = {
         reading.consumer.key: (reading.consumer, statistics)
         for each in found
@@ -101,26 +100,6 @@ def _scored(
         candidates.program, wanted, candidates.context, window=candidates.window
     )
     return [[score(candidates, reading, seen) for reading in each] for each in found]
-
-
-def _same(reading: Reading) -> tuple[str, bytes]:
-    return reading.consumer.key, reading.unit.tobytes()
-
-
-def _read(candidates: Candidates) -> list[list[Reading]]:
-    """What is read of each group.
-
-    Raises:
-        UsageError: nobody reads a group.
-    """
-    found = readings(candidates)
-    for group, each in zip(candidates.groups, found, strict=True):
-        if not each:
-            raise UsageError(
-                f"no linear layer, convolution or product reads the channels of {group.name}, so "
-                "that activations say nothing of them; exclude it or choose another criterion"
-            )
-    return found
 
 
 def _mean(reading: Reading, seen: Evidence, statistic: str) -> Scores:

@@ -47,7 +47,7 @@ from pruna_ir.data import Batch
 from pruna_ir.errors import UsageError
 from pruna_ir.passes.calibration_loss import sample_losses
 from pruna_ir.passes.calibration_runs import rows, runs
-from pruna_ir.passes.consumers import Reading, readings
+from pruna_ir.passes.consumers import Reading, distinct, readings
 from pruna_ir.passes.differentiable import differentiable
 from pruna_ir.passes.evidence import Evidence, least_over_ranks, mean_over_ranks
 from pruna_ir.passes.scored_members import (
@@ -66,7 +66,7 @@ MOVEMENT_RATE = 1e-3
 
 def taylor(candidates: Candidates) -> list[Parts]:
     """The squared first-order change of each sample's loss when consumers read zeros."""
-    found = _taps(candidates)
+    found = readings(candidates)
     program = candidates.program
     taps = {
         reading.consumer.node: (reading.consumer.source, reading.consumer.node)
@@ -75,35 +75,20 @@ def taylor(candidates: Candidates) -> list[Parts]:
     }
     module = differentiable(program, taps=list(taps.values()))
     sources = list(dict.fromkeys(source for source, _ in taps.values()))
-    distinct = [list({_same(r): r for r in each}.values()) for each in found]
+    found = [distinct(each) for each in found]
     evidence = Evidence()
     for batch in _samples(candidates):
         logits, *read = module(*batch.inputs)
         loss = _loss(candidates, batch, logits)
         slopes = torch.autograd.grad(loss, read, materialize_grads=True)
-        first = _products(sources, read, slopes, distinct)
-        for number, each in enumerate(distinct):
+        first = _products(sources, read, slopes, found)
+        for number, each in enumerate(found):
             change = np.sum([r.per_unit(first[r.consumer.key]) for r in each], 0)
             evidence.add(str(number), torch.from_numpy(change**2))
         evidence.add("samples", torch.tensor(1))
     evidence.over_ranks()
     samples = int(evidence["samples"])
-    return [[evidence[str(number)].numpy() / samples] for number in range(len(distinct))]
-
-
-def _taps(candidates: Candidates) -> list[list[Reading]]:
-    found = readings(candidates)
-    for group, each in zip(candidates.groups, found, strict=True):
-        if not each:
-            raise UsageError(
-                f"no linear layer, convolution or product reads the channels of {group.name}, so "
-                "that taylor cannot score them; exclude it or choose another criterion"
-            )
-    return found
-
-
-def _same(reading: Reading) -> tuple[str, bytes]:
-    return reading.consumer.key, reading.unit.tobytes()
+    return [[evidence[str(number)].numpy() / samples] for number in range(len(found))]
 
 
 def _products(
@@ -263,15 +248,18 @@ def _scored(candidates: Candidates) -> tuple[list[list[Member]], dict[str, set[i
     """The scored members of each group, and the dimensions of each of their tensors."""
     members = [parameters(candidates.program, group) for group in candidates.groups]
     names: dict[str, set[int]] = {}
-    for group, each in zip(candidates.groups, members, strict=True):
-        if not each:
-            raise UsageError(
-                f"{group.name} has no trainable parameter, so that it has no gradient; exclude "
-                "it or choose another criterion"
-            )
+    for each in members:
         for member in each:
             names.setdefault(member.tensor, set()).add(member.dim)
     return members, names
+
+
+def untrained(candidates: Candidates) -> list[str]:
+    """For every group, why it has no gradient; empty where it has one."""
+    return [
+        "" if parameters(candidates.program, group) else "it has no trainable parameter"
+        for group in candidates.groups
+    ]
 
 
 def _slopes(

@@ -20,6 +20,7 @@ from torch import fx
 from pruna_ir.program import Program
 from pruna_ir.training import switched
 
+
 def differentiable(
     program: Program, weights: Iterable[str] = (), taps: Sequence[tuple[fx.Node, fx.Node]] = ()
 ) -> fx.GraphModule:

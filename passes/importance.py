@@ -27,11 +27,11 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 import numpy as np
-import torch
 
 from pruna_ir.coupling import Coupling, Group
 from pruna_ir.errors import UsageError
 from pruna_ir.passes import criteria, criteria_activations, criteria_gradients
+from pruna_ir.passes.consumers import unread
 from pruna_ir.passes.scored_members import Candidates, Parts, Scores
 from pruna_ir.program import Program
 from pruna_ir.registry import unknown
@@ -45,6 +45,11 @@ NORMALISATIONS = ("mean", "max", "sum", "none", "lamp")
 """How scores are scaled before (and for ``lamp`` after) they are aggregated."""
 
 
+def nothing_refused(candidates: Candidates) -> list[str]:
+    """What a criterion answers that scores every group."""
+    return [""] * len(candidates.groups)
+
+
 @dataclass(frozen=True)
 class Criterion:
     """One way to score units.
@@ -56,6 +61,7 @@ class Criterion:
         source: the paper.
         power: the power of a score that is an energy: 2 for norms, 1 for energies.
         parts: for every group, the scores that its scored members give.
+        refusals: for every group, why it cannot be scored; empty where it can.
     """
 
     name: str
@@ -64,6 +70,7 @@ class Criterion:
     source: str
     power: int
     parts: Callable[[Candidates], list[Parts]] = field(repr=False)
+    refusals: Callable[[Candidates], list[str]] = field(default=nothing_refused, repr=False)
 
 
 CRITERIA: Mapping[str, Criterion] = {
@@ -76,7 +83,8 @@ CRITERIA: Mapping[str, Criterion] = {
             "fpgm", "nothing", "sum_v |w_u - w_v|_2", "He et al., CVPR 2019", 2, criteria.fpgm
         ),
         Criterion(
-            "bn-scale", "nothing", "sum |gamma|", "Liu et al., ICCV 2017", 2, criteria.bn_scale
+            "bn-scale", "nothing", "sum |gamma|", "Liu et al., ICCV 2017", 2, criteria.bn_scale,
+            criteria.without_scale,
         ),
         Criterion(
             "taylor",
@@ -85,6 +93,7 @@ CRITERIA: Mapping[str, Criterion] = {
             "Molchanov et al., CVPR 2019",
             1,
             criteria_gradients.taylor,
+            unread,
         ),
         Criterion(
             "gradient",
@@ -93,6 +102,7 @@ CRITERIA: Mapping[str, Criterion] = {
             "the magnitude of the gradient",
             2,
             criteria_gradients.gradient,
+            criteria_gradients.untrained,
         ),
         Criterion(
             "snip",
@@ -101,6 +111,7 @@ CRITERIA: Mapping[str, Criterion] = {
             "Lee et al., ICLR 2019",
             1,
             criteria_gradients.snip,
+            criteria_gradients.untrained,
         ),
         Criterion(
             "fisher",
@@ -109,6 +120,7 @@ CRITERIA: Mapping[str, Criterion] = {
             "LeCun et al., 1990; Theis et al., 2018",
             1,
             criteria_gradients.fisher,
+            criteria_gradients.untrained,
         ),
         Criterion(
             "gauss-newton",
@@ -117,6 +129,7 @@ CRITERIA: Mapping[str, Criterion] = {
             "LeCun et al., 1990; Martens, JMLR 2020",
             1,
             criteria_gradients.gauss_newton,
+            criteria_gradients.untrained,
         ),
         Criterion(
             "movement",
@@ -125,6 +138,7 @@ CRITERIA: Mapping[str, Criterion] = {
             "Sanh et al., NeurIPS 2020",
             1,
             criteria_gradients.movement,
+            criteria_gradients.untrained,
         ),
         Criterion(
             "activation-mean",
@@ -133,6 +147,7 @@ CRITERIA: Mapping[str, Criterion] = {
             "Molchanov et al., ICLR 2017",
             2,
             criteria_activations.activation_mean,
+            unread,
         ),
         Criterion(
             "activation-rms",
@@ -141,6 +156,7 @@ CRITERIA: Mapping[str, Criterion] = {
             "Molchanov et al., ICLR 2017",
             2,
             criteria_activations.activation_rms,
+            unread,
         ),
         Criterion(
             "activation-zeros",
@@ -149,6 +165,7 @@ CRITERIA: Mapping[str, Criterion] = {
             "Hu et al., 2016",
             1,
             criteria_activations.activation_zeros,
+            unread,
         ),
         Criterion(
             "wanda",
@@ -157,6 +174,7 @@ CRITERIA: Mapping[str, Criterion] = {
             "Sun et al., ICLR 2024",
             2,
             criteria_activations.wanda,
+            unread,
         ),
         Criterion(
             "obs",
@@ -165,6 +183,7 @@ CRITERIA: Mapping[str, Criterion] = {
             "Hassibi & Stork, 1992; Kwon et al., 2022",
             1,
             criteria_activations.obs,
+            unread,
         ),
     )
 }
@@ -198,6 +217,7 @@ def scores(
         UsageError: an unknown name; the criterion needs data and there is none; it cannot score
             one of the groups.
 
+    >>> import torch
     >>> from pruna_ir import capture
     >>> from pruna_ir.coupling import couple
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
@@ -217,8 +237,31 @@ def scores(
             f"criterion {criterion} needs {chosen.needs}, but there is no calibration data; give "
             "it with --data FILE.npz or Context(data=...)"
         )
-    parts = chosen.parts(Candidates(program, coupling, groups, context, window))
+    candidates = Candidates(program, coupling, groups, context, window)
+    refused = [
+        f"{group.name} ({why})"
+        for group, why in zip(groups, chosen.refusals(candidates), strict=True)
+        if why
+    ]
+    if refused:
+        raise UsageError(
+            f"{criterion} cannot score {len(refused)} of {len(groups)} groups, such as "
+            f"{refused[0]}; exclude them or choose another criterion"
+        )
+    parts = chosen.parts(candidates) if groups else []
     return [combined(each, aggregate, normalise, chosen.power) for each in parts]
+
+
+def refusals(
+    program: Program, coupling: Coupling, groups: Sequence[Group], criterion: str
+) -> list[str]:
+    """For every group, why a criterion cannot score it; empty where it can.
+
+    Raises:
+        UsageError: an unknown criterion.
+    """
+    chosen = _named("criterion", criterion, CRITERIA)
+    return chosen.refusals(Candidates(program, coupling, groups, Context()))
 
 
 def _named(kind: str, name: str, known: Mapping[str, T]) -> T:
@@ -268,8 +311,3 @@ def _lamp(score: Scores, power: int) -> Scores:
     result[order] = np.divide(energy[order], tail, out=np.ones_like(tail), where=tail > 0)
     return result
 
-
-def importance(program: Program, group: Group, order: Criterion) -> torch.Tensor:
-    """The default scores of one group by a criterion of the weights."""
-    candidates = Candidates(program, None, [group], Context())  # type: ignore[arg-type]
-    return torch.from_numpy(combined(order.parts(candidates)[0], "mean", "mean", order.power))
