@@ -56,7 +56,8 @@ class FoldRemovedMeans(Pass):
         PassError: the program does not know what it was pruned from.
 
     >>> import torch
-    >>> from pruna_ir import Context, Pipeline, TensorData, capture
+    >>> from pruna_ir import Context, TensorData, capture
+    >>> from pruna_ir.pipeline import Pipeline
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
     >>> context = Context(data=TensorData((torch.randn(64, 3),)))
     >>> pipeline = Pipeline.parse("prune-channels{ratio=0.5},fold-removed-means")

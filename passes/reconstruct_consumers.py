@@ -73,7 +73,8 @@ class ReconstructConsumers(Pass):
         UsageError: there is no calibration data, or an option is out of its range.
         PassError: the program does not know what it was pruned from.
 
-    >>> from pruna_ir import Context, Pipeline, TensorData, capture
+    >>> from pruna_ir import Context, TensorData, capture
+    >>> from pruna_ir.pipeline import Pipeline
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Linear(8, 2))  # rank 3
     >>> context = Context(data=TensorData((torch.randn(64, 3),)))
     >>> pipeline = Pipeline.parse("prune-channels{ratio=0.5},reconstruct-consumers{damping=1e-9}")

@@ -14,8 +14,8 @@ from pruna_ir.capture import capture
 from pruna_ir.checks import check
 from pruna_ir.data import TensorData
 from pruna_ir.equivalence import run_float64
-from pruna_ir.errors import VerificationError
-from pruna_ir.transform import Context, Effect, Pass, Rewrite, apply
+from pruna_ir.errors import PassError, VerificationError
+from pruna_ir.transform import Context, Effect, Finding, Pass, Rewrite, apply
 from tests.networks import DropRelu, ScaleHead, aten, conv_net, seeded
 
 
@@ -198,3 +198,53 @@ def test_inputs_stay_as_they_are_when_a_program_writes_into_them():
 class _Head(nn.Linear):
     def __init__(self):
         super().__init__(3, 2)
+
+
+@dataclass(frozen=True)
+class Fitted(ScaleHead):
+    """Scales the head and states that its norm is what the factor makes of it, or a lie."""
+
+    effect: ClassVar[Effect] = Effect.FITTED
+    factor: float = 0.5
+    stated: float = 0.5
+
+    def rewrite(self, rw: Rewrite) -> None:
+        super().rewrite(rw)
+        rw.assure(lambda *_: [Finding("nothing of note", 0.0, 0.0)])
+        rw.assure(self.holds)
+
+    def holds(self, before, after, context):
+        old, new = (p.tensor("head.weight").detach().norm() for p in (before, after))
+        return [Finding("norm of the head", float((new / old - self.stated).abs()), 1e-6)]
+
+
+def fitted_report(pass_):
+    program = conv_net()
+    result = apply(pass_, program)
+    return check(pass_, program, result.program, assurances=result.assurances)
+
+
+def test_fitted_runs_every_test_that_the_pass_states():
+    assert fitted_report(Fitted()).passed
+    report = fitted_report(Fitted(stated=0.6))
+    assert not report.passed
+    assert report.where == "norm of the head"
+    assert report.measured == pytest.approx(0.1, abs=1e-6)
+
+
+def test_fitted_figures_that_are_nan_fail():
+    report = fitted_report(Fitted(factor=math.nan))
+    assert not report.passed
+    assert math.isnan(report.measured)
+
+
+def test_a_fitted_pass_must_state_a_test():
+    @dataclass(frozen=True)
+    class Silent(ScaleHead):
+        effect: ClassVar[Effect] = Effect.FITTED
+        factor: float = 0.5
+
+    with pytest.raises(PassError, match="scale-head changed the function without stating what h"):
+        apply(Silent(), conv_net())
+    with pytest.raises(VerificationError, match="did not state what holds"):
+        check(Silent(), conv_net(), conv_net())
