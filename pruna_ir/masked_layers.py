@@ -102,8 +102,28 @@ def _conv(operands: Operands) -> Masked:
         rows = rows.any(1)
     rows = rows & bias.mask if bias is not None else rows
     channel = x.value.dim() - spatial - 1
-    uniform(operands, x.mask, [d for d in range(x.value.dim()) if d != channel])
-    return masked(lift(operands.call()), rows.view(-1, *[1] * spatial))
+    passed = [] if transposed else _passed(operands, spatial)
+    free = {channel, *(channel + 1 + k for k in passed)}
+    mixed = [d for d in range(x.value.dim()) if d not in free]
+    alive = rows.view(-1, *[1] * spatial)
+    places = uniform(operands, x.mask, mixed).any(channel, keepdim=True)
+    if passed and bool(places.any()):
+        alive = alive & places
+    return masked(lift(operands.call()), alive)
+
+
+def _passed(operands: Operands, spatial: int) -> list[int]:
+    """The spatial dimensions along which a kernel of one element moves nothing."""
+
+    def each(name: str) -> list[int]:
+        given = operands[name]
+        if isinstance(given, str):
+            return [0] * spatial
+        return list(given) * (spatial if len(given) == 1 else 1)
+
+    sizes = operands["weight"].value.shape[2:]
+    settings = zip(sizes, each("stride"), each("padding"), strict=True)
+    return [k for k, setting in enumerate(settings) if tuple(setting) == (1, 1, 0)]
 
 
 def _attention(operands: Operands) -> Masked:

@@ -223,16 +223,35 @@ class Algebra:
         theirs: list[Block],
         shared: Collection[Factor],
     ) -> list[Block]:
-        """Blocks of which none covers the others: all become one unit."""
+        """Blocks of which none covers the others, as in ``[heads, a] x [heads, b]``.
+
+        What all of them have (heads) goes whole, or stays where the size of heads is pruned;
+        blocks with nothing in common become one unit.
+        """
         soft = [block for block in every if self.links.is_soft(block.ids)]
         if soft:
             for block in soft:
                 self.links.freeze(block.ids, None)
             self._untrack(mine, theirs, soft)
             return self._meet(mine, theirs, shared)
+        if common := [f for f in every[0].factors if all(f in b.factors for b in every)]:
+            return self._in_common(every, common)
         self.links.connect_all(block.ids for block in every)
         factors = tuple(dict.fromkeys(f for block in every for f in block.factors))
         return [Block(factors, _broadcast(every[0], factors))]
+
+    def _in_common(self, every: list[Block], common: list[Factor]) -> list[Block]:
+        if self.links.attention == "size":
+            rests = (self._tied(block, common) for block in every)
+            return [rest for rest in rests if rest]
+        found = []
+        for block in every:
+            rest = self._tied(block, [f for f in block.factors if f not in common])
+            assert rest is not None, "a block keeps what it has in common"
+            found.append(rest.ids.transpose(rest.axes(common)))
+        for ids in found[1:]:
+            self.links.connect(found[0], ids)
+        return [Block(tuple(common), found[0])]
 
     def elementwise(self, values: Sequence[Value]) -> Value:
         """The result of an elementwise operator with broadcasting."""

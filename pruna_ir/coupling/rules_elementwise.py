@@ -13,6 +13,12 @@ def _elementwise(site: Site) -> Result:
     return site.algebra.elementwise(site.operands())
 
 
+def _value_and_mask(site: Site) -> Result:
+    """``native_dropout``: the value and which of its elements were kept."""
+    value = site.operands()[0]
+    return value, value
+
+
 def _unary(site: Site) -> Result:
     """The result has the channels of the first operand, whatever the others are."""
     return site.operands()[0]
@@ -134,14 +140,19 @@ REDUCE = Rule(_reduce)
 CREATED = Rule(_created, _resize_created)
 
 _ELEMENTWISE = (
-    "hardswish dropout alpha_dropout feature_dropout feature_alpha_dropout native_dropout clone "
+    "hardswish dropout alpha_dropout feature_dropout feature_alpha_dropout clone "
     "contiguous alias detach lift_fresh_copy __and__ __or__ __xor__ bitwise_not where masked_fill "
     "expand_as copy zeros_like ones_like full_like empty_like rand_like nan_to_num hardsigmoid "
     "log_sigmoid _weight_norm fake_quantize_per_tensor_affine"
 )
+<<<<<<< Updated upstream
 _UNARY = "to _to_copy type_as fill"
+=======
+# Softmax, like a norm, is taken over the survivors.
+_UNARY = "to _to_copy type_as fill softmax _softmax log_softmax _log_softmax"
+>>>>>>> Stashed changes
 _WHOLE = (
-    "softmax _softmax log_softmax _log_softmax cumsum cumprod sort topk argsort argmax argmin "
+    "cumsum cumprod sort topk argsort argmax argmin "
     "max min median flip roll diff prod logsumexp any all"
 )
 _REDUCE = "mean sum amax amin var std linalg_vector_norm"
@@ -170,6 +181,7 @@ RULES: dict[str, Rule] = {
         for spatial, names in _WINDOW.items()
         for name in names.split()
     },
+    "aten::native_dropout": Rule(_value_and_mask),
     "aten::var_mean": Rule(_reduce_twice),
     "aten::std_mean": Rule(_reduce_twice),
     "aten::glu": Rule(_glu),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 from torch import fx
 
@@ -28,6 +30,7 @@ def _with_bias(site: Site, name: str, result: Value, dim: int) -> Value:
 def _conv(site: Site) -> Result:
     x, weight = site.value("input"), site.value("weight")
     spatial = len(weight.dims) - 2
+<<<<<<< Updated upstream
     x = site.because("slides over them").whole_dims(x, range(len(x.dims) - spatial, len(x.dims)))
     weight = _silent(site).whole_dims(weight, range(2, 2 + spatial))
     if not isinstance(site.arg("groups"), int):
@@ -35,9 +38,15 @@ def _conv(site: Site) -> Result:
         for operand in site.operands():
             dynamic.freeze(operand)
         return site.untracked()
+=======
+>>>>>>> Stashed changes
     transposed = bool(site.arg("transposed")) or "transpose" in str(site.node.target)
-    groups = int(site.arg("groups"))
     lead = len(x.dims) - spatial - 1
+    passed = [] if transposed else _passed(site, weight.sizes()[2:])
+    sliding = [lead + 1 + k for k in range(spatial) if k not in passed]
+    x = site.because("slides over them").whole_dims(x, sliding)
+    weight = _silent(site).whole_dims(weight, range(2, 2 + spatial))
+    groups = int(site.arg("groups"))
     if groups == 1:
         sums = (lead, 0 if transposed else 1)
         site.mark_rows(weight, 1 if transposed else 0)
@@ -51,8 +60,24 @@ def _conv(site: Site) -> Result:
         channels, blocks = _grouped(site, x, weight, lead, groups, transposed=transposed)
     result = site.untracked()
     assert isinstance(result, Value)
-    value = Value((*x.dims[:lead], channels, *result.dims[lead + 1 :]), blocks)
+    places = [
+        x.dims[lead + 1 + k] if k in passed else result.dims[lead + 1 + k] for k in range(spatial)
+    ]
+    value = Value((*x.dims[:lead], channels, *places), blocks)
     return _with_bias(site, "bias", value, lead)
+
+
+def _passed(site: Site, kernel: Sequence[Any]) -> list[int]:
+    """The spatial dimensions along which a kernel of one element moves nothing."""
+
+    def each(name: str) -> list[int]:
+        given = site.arg(name)
+        if isinstance(given, str):
+            return [0] * len(kernel)
+        return list(given) * (len(kernel) if len(given) == 1 else 1)
+
+    settings = zip(kernel, each("stride"), each("padding"), strict=True)
+    return [k for k, setting in enumerate(settings) if setting == (1, 1, 0)]
 
 
 def _silent(site: Site) -> Algebra:

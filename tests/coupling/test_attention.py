@@ -51,15 +51,54 @@ class GroupedQueries(nn.Module):
         return self.out(y.transpose(1, 2).reshape(n, s, 24))
 
 
+class ChannelAttention(nn.Module):
+    """Attention between the channels of a head (XCiT), or linear in the tokens; 3 heads of 4."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.spelling = spelling
+        self.q, self.k, self.v = nn.Linear(5, 12), nn.Linear(5, 12), nn.Linear(5, 12)
+        self.temperature = nn.Parameter(torch.rand(3, 1, 1) + 0.5)
+        self.out = nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, s, _ = x.shape
+        q, k, v = (p(x).view(n, s, 3, 4).permute(0, 2, 3, 1) for p in (self.q, self.k, self.v))
+        if self.spelling == "cross-covariance":
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+            y = (q @ k.transpose(-1, -2) * self.temperature).softmax(-1) @ v
+        else:
+            context = k.softmax(-1) @ v.transpose(-1, -2) * self.temperature
+            y = context.transpose(-1, -2) @ q.softmax(-2)
+        return self.out(y.permute(0, 3, 1, 2).reshape(n, s, 12))
+
+
+class Weighted(nn.Module):
+    """Two streams mixed by a convolution whose kernel has one element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(5, 6), nn.Linear(5, 6), nn.Linear(6, 3)
+        self.mix = nn.Conv1d(2, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        streams = torch.stack([self.a(x[:, 0]), self.b(x[:, 1])], 1)
+        return self.out(self.mix(streams).squeeze(1))
+
+
 SPELLINGS = ("sdpa", "matmul", "einsum")
+MODULES = {
+    **{name: lambda name=name: GroupedQueries(name) for name in SPELLINGS},
+    **{name: lambda name=name: ChannelAttention(name) for name in ("cross-covariance", "linear")},
+    "weighted": Weighted,
+}
 
 
 def removed(spelling: str, attention: str):
     """What half of every free group takes away, checked against the oracle."""
     torch.manual_seed(0)
-    program = apply(
-        Canonicalize(), capture(GroupedQueries(spelling), (torch.randn(2, 7, 5),))
-    ).program
+    module = MODULES[spelling]()
+    program = apply(Canonicalize(), capture(module, (torch.randn(2, 7, 5),))).program
     coupling = couple(program, attention)
     free = [group for group in coupling.groups if group.reason is None]
     plan = coupling.plan(u for group in free for u in group.units[: len(group.units) // 2])
@@ -93,6 +132,24 @@ def test_the_size_of_a_head_shrinks_in_every_head(spelling):
     assert gone["k.weight[0]"] == (0, 3, 6, 9)
     assert gone["q.weight[0]"] == (0, 3, 6, 9, 12, 15, 18, 21)
     assert gone["v.weight[0]"] == (0, 1, 2, 6, 7, 8)
+
+
+@pytest.mark.parametrize("spelling", ["cross-covariance", "linear"])
+def test_attention_between_channels_loses_whole_heads(spelling):
+    gone = removed(spelling, "heads")
+    assert gone["q.weight[0]"] == gone["k.weight[0]"] == gone["v.weight[0]"] == (0, 1, 2, 3)
+    assert gone["temperature[0]"] == (0,)
+
+
+@pytest.mark.parametrize("spelling", ["cross-covariance", "linear"])
+def test_attention_between_channels_loses_channels_of_every_head(spelling):
+    gone = removed(spelling, "size")
+    assert gone["q.weight[0]"] == gone["k.weight[0]"] == gone["v.weight[0]"] == (0, 1, 4, 5, 8, 9)
+    assert "temperature[0]" not in gone
+
+
+def test_a_convolution_of_one_element_passes_the_channels_beside_it():
+    assert removed("weighted", "heads")["a.weight[0]"] == (0, 1, 2)
 
 
 def test_an_unknown_granularity_is_refused():
