@@ -145,12 +145,8 @@ _ELEMENTWISE = (
     "expand_as copy zeros_like ones_like full_like empty_like rand_like nan_to_num hardsigmoid "
     "log_sigmoid _weight_norm fake_quantize_per_tensor_affine"
 )
-<<<<<<< Updated upstream
-_UNARY = "to _to_copy type_as fill"
-=======
 # Softmax, like a norm, is taken over the survivors.
 _UNARY = "to _to_copy type_as fill softmax _softmax log_softmax _log_softmax"
->>>>>>> Stashed changes
 _WHOLE = (
     "cumsum cumprod sort topk argsort argmax argmin "
     "max min median flip roll diff prod logsumexp any all"

@@ -30,16 +30,11 @@ def _with_bias(site: Site, name: str, result: Value, dim: int) -> Value:
 def _conv(site: Site) -> Result:
     x, weight = site.value("input"), site.value("weight")
     spatial = len(weight.dims) - 2
-<<<<<<< Updated upstream
-    x = site.because("slides over them").whole_dims(x, range(len(x.dims) - spatial, len(x.dims)))
-    weight = _silent(site).whole_dims(weight, range(2, 2 + spatial))
     if not isinstance(site.arg("groups"), int):
         dynamic = site.because("are convolved in a dynamic number of groups")
         for operand in site.operands():
             dynamic.freeze(operand)
         return site.untracked()
-=======
->>>>>>> Stashed changes
     transposed = bool(site.arg("transposed")) or "transpose" in str(site.node.target)
     lead = len(x.dims) - spatial - 1
     passed = [] if transposed else _passed(site, weight.sizes()[2:])
