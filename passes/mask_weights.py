@@ -58,10 +58,10 @@ class MaskWeights(Pass):
         y = linear(x, mul(W, W_mask), b)
 
     Options:
-        sparsity: the share of entries (or of blocks) that become zero, in [0, 1); 0.5 by default.
-            N:M states it itself, 1 - N/M.
         pattern: ``unstructured``; ``N:M``, at most N non-zeros in M consecutive inputs, such as
             ``2:4``; or blocks of outputs x inputs such as ``16x16``.
+        sparsity: the share of entries (or of blocks) that become zero, in [0, 1); 0.5 by default.
+            N:M states it itself, 1 - N/M.
         criterion: ``magnitude``, or ``wanda``, which needs calibration data.
         ranking: entries compete within their ``layer``, their ``output`` channel, or with those
             of all layers (``global``). N:M compares within each group of M.
@@ -88,8 +88,8 @@ class MaskWeights(Pass):
     name: ClassVar[str] = "mask-weights"
     effect: ClassVar[Effect] = Effect.ORACLE
 
-    sparsity: float | None = None
     pattern: str = "unstructured"
+    sparsity: float | None = None
     criterion: Criterion = "magnitude"
     ranking: Rank = "layer"
     include: tuple[str, ...] = ()
