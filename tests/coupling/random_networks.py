@@ -1,322 +1,223 @@
-"""Random small networks out of the rule table, for property tests of pruning."""
+"""Random small networks out of the whole rule table, for property tests of pruning.
+
+A `Recipe` names the layers; `Network` builds them one after another, each for the width that it
+finds. Weights are those of the layers' own initialisers; norms, their statistics and whatever else
+starts out as ones and zeros are drawn at random.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-Layer = Callable[[int], nn.Module]
+from tests.coupling.images import IMAGES, Layer
+from tests.coupling.operators import OPERATORS
+from tests.coupling.sequences import LINES, VOLUMES
+from tests.coupling.tokens import TOKENS
+
+ENTRIES = ("image", "pair-add", "pair-join", "pair-attend", "pair-gate", "ids")
+ENDINGS = ("mean", "flatten", "largest", "first", "places", "tied")
+KINDS: Mapping[str, Mapping[str, Layer]] = MappingProxyType(
+    {"images": IMAGES | OPERATORS, "tokens": TOKENS, "lines": LINES, "volumes": VOLUMES}
+)
+VOCABULARY = 11
 
 
-class Residual(nn.Module):
-    def __init__(self, width: int) -> None:
+@dataclass(frozen=True)
+class Recipe:
+    """A network by the names of its parts.
+
+    Attributes:
+        images: layers on images; none where the entry is ``ids``.
+        kind: what comes after them: ``tokens``, ``lines``, ``volumes``, or ``images`` for nothing.
+        layers: layers of that kind.
+        entry: the inputs: one image, two images and how they meet, or token ids.
+        ending: how the places are reduced before the head.
+        seed: of the weights.
+    """
+
+    images: tuple[str, ...] = ()
+    kind: str = "images"
+    layers: tuple[str, ...] = ()
+    entry: str = "image"
+    ending: str = "mean"
+    seed: int = 1
+
+
+class Entry(nn.Module):
+    """Two images of 3 and 2 channels become one of 6."""
+
+    def __init__(self, how: str) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(width, 5, 1), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, width, 3, padding=1)
-        )
+        self.how = how
+        self.first, self.second = (nn.Conv2d(c, 6, 3, padding=1) for c in (3, 2))
+        if how == "pair-join":
+            self.mix = nn.Conv2d(12, 6, 1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.body(x)
-
-
-class Squeeze(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.down, self.up = nn.Conv2d(width, 3, 1), nn.Conv2d(3, width, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        scale = F.adaptive_avg_pool2d(x, 1)
-        return x * torch.sigmoid(self.up(F.relu(self.down(scale))))
-
-
-class Concat(nn.Module):
-    """[x, conv(x), conv(x) of another width]"""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.a, self.b = nn.Conv2d(width, 3, 1), nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.a(x), x, F.silu(self.b(x))], 1)
-
-
-class SplitMerge(nn.Module):
-    """Uneven split; one part is convolved, the other stays (CSP, ShuffleNet v2)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.sizes = [width // 2 + 1, width - width // 2 - 1]
-        self.conv = nn.Conv2d(self.sizes[0], 4, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        left, right = x.split(self.sizes, 1)
-        return torch.cat([right, self.conv(left)], 1)
-
-
-class Chunked(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, 8, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        a, b = self.conv(x).chunk(2, 1)
-        return a * torch.sigmoid(b)
-
-
-class Sliced(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([x[:, 1 : self.width - 1], x[:, ::2], x[:, 2:3]], 1)
-
-
-class Shuffle(nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        n, c, h, w = x.shape
-        return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
-
-
-class PadChannels(nn.Module):
-    """A zero-padded shortcut (ResNet for CIFAR, option A)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width + 3, 3, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.relu(self.conv(x) + F.pad(x, (0, 0, 0, 0, 1, 2)))
-
-
-class Shared(nn.Module):
-    """One convolution applied twice: its inputs and outputs are the same channels."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.relu(self.conv(x)))
-
-
-class Statistic(nn.Module):
-    """Spatial attention from statistics over channels (CBAM)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(2, 1, 3, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        pooled = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
-        return x * torch.sigmoid(self.conv(pooled))
-
-
-def depthwise(width: int) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(width, 2 * width, 3, padding=1, groups=width), nn.BatchNorm2d(2 * width),
-        nn.Hardswish(), nn.Conv2d(2 * width, 7, 1),
-    )  # fmt: skip
-
-
-def grouped(width: int) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(width, 8, 1), nn.ReLU6(), nn.Conv2d(8, 12, 3, 1, 1, groups=2))
-
-
-def even_shuffle(width: int) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(width, 6, 1), Shuffle(), nn.PReLU(6), nn.Conv2d(6, 6, 3, 1, 1, groups=6)
-    )
-
-
-CONV_LAYERS: dict[str, Layer] = {
-    "conv": lambda w: nn.Conv2d(w, 6, 3, padding=1, bias=False),
-    "bn": nn.BatchNorm2d,
-    "relu": lambda _: nn.ReLU(),
-    "gelu": lambda _: nn.GELU(),
-    "pool": lambda _: nn.MaxPool2d(2, 1, 1),
-    "group-norm": lambda w: nn.Sequential(nn.Conv2d(w, 8, 1), nn.GroupNorm(2, 8)),
-    "one-group-norm": lambda w: nn.GroupNorm(1, w),
-    "transposed": lambda w: nn.ConvTranspose2d(w, 5, 2),
-    "glu": lambda w: nn.Sequential(nn.Conv2d(w, 10, 1), nn.GLU(1)),
-    "pixel-shuffle": lambda w: nn.Sequential(nn.Conv2d(w, 20, 1), nn.PixelShuffle(2)),
-    "residual": Residual,
-    "squeeze": Squeeze,
-    "concat": Concat,
-    "split": SplitMerge,
-    "chunk": Chunked,
-    "slice": Sliced,
-    "shuffle": even_shuffle,
-    "pad": PadChannels,
-    "shared": Shared,
-    "statistic": Statistic,
-    "depthwise": depthwise,
-    "grouped": grouped,
-}
-
-
-class Attention(nn.Module):
-    """Self-attention in one of several spellings; 3 heads of 4."""
-
-    def __init__(self, width: int, spelling: str) -> None:
-        super().__init__()
-        self.spelling = spelling
-        self.norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 36)
-        if spelling == "shared-keys":
-            self.qkv, self.keys = nn.Linear(width, 12), nn.Linear(width, 8)
-        if spelling == "normed":
-            self.head_norm = nn.LayerNorm(4)
-        self.out = nn.Linear(12, width)
-
-    def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        n, s, _ = x.shape
-        if self.spelling == "shared-keys":
-            # One key and value head serves all query heads (multi-query attention).
-            q = self.qkv(x).view(n, s, 3, 4).transpose(1, 2)
-            k, v = self.keys(x).view(n, s, 2, 1, 4).permute(2, 0, 3, 1, 4).unbind(0)
-            return q, k.expand(n, 3, s, 4), v.expand(n, 3, s, 4)
-        if self.spelling == "split":
-            q, k, v = (
-                part.view(n, s, 3, 4).transpose(1, 2) for part in self.qkv(x).split(12, -1)
-            )
-        else:
-            q, k, v = self.qkv(x).reshape(n, s, 3, 3, 4).permute(2, 0, 3, 1, 4).unbind(0)
-        if self.spelling == "normed":
-            q, k = self.head_norm(q), self.head_norm(k)
-        return q, k, v
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        n, s, _ = x.shape
-        q, k, v = self.heads(self.norm(x))
-        if self.spelling == "flat":
-            q, k, v = (t.reshape(n * 3, s, 4) for t in (q, k, v))
-        if self.spelling in ("matmul", "flat"):
-            y = torch.softmax(q @ k.transpose(-1, -2) * 0.5, -1) @ v
-        else:
-            y = F.scaled_dot_product_attention(q, k, v)
-        if self.spelling == "flat":
-            y = y.view(n, 3, s, 4)
-        return x + self.out(y.transpose(1, 2).reshape(n, s, 12))
-
-
-class SingleHead(nn.Module):
-    """Attention without heads: the head size is pruned, the scale stays."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.q, self.k, self.v = nn.Linear(width, 6), nn.Linear(width, 6), nn.Linear(width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x))
-
-
-class FeedForward(nn.Module):
-    """A gated FFN behind an RMS norm spelt in operators."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.rand(width) + 0.5)
-        self.gate, self.up = nn.Linear(width, 9, bias=False), nn.Linear(width, 9)
-        self.down = nn.Linear(9, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.scale
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))
-
-
-class Conv1D(nn.Module):
-    """A linear layer as addmm with [in, out] weights on flattened tokens (GPT-2)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(width, 10) / 3)
-        self.bias = nn.Parameter(torch.randn(10))
-        self.back = nn.Linear(10, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        inner = torch.addmm(self.bias, flat, self.weight).view(*x.shape[:-1], 10)
-        return self.back(torch.tanh(inner))
-
-
-class ClassToken(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.token = nn.Parameter(torch.randn(1, 1, width))
-        self.position = nn.Parameter(torch.randn(1, 1, width))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.position
-
-
-TOKEN_LAYERS: dict[str, Layer] = {
-    **{
-        f"attention-{spelling}": lambda w, spelling=spelling: Attention(w, spelling)
-        for spelling in ("fused", "split", "matmul", "flat", "shared-keys", "normed")
-    },
-    "single-head": SingleHead,
-    "ffn": FeedForward,
-    "conv1d": Conv1D,
-    "class-token": ClassToken,
-    "layer-norm": nn.LayerNorm,
-    "linear": lambda w: nn.Linear(w, 8),
-}  # type: ignore[dict-item]
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x, y = self.first(x), self.second(y)
+        if self.how == "pair-join":
+            return self.mix(torch.cat([x, y], 1))
+        if self.how == "pair-gate":
+            return x * torch.sigmoid(y.mean((2, 3), keepdim=True))
+        if self.how == "pair-attend":
+            q, k = x.flatten(2).transpose(1, 2), y.flatten(2).transpose(1, 2)
+            z = F.scaled_dot_product_attention(q, k, k)
+            return x + z.transpose(1, 2).reshape(x.shape)
+        return x + y
 
 
 class Network(nn.Module):
-    """Convolutions, then tokens where there are any, then a head; float32[batch, 3, 6, 6]."""
+    """The network of a recipe."""
 
-    def __init__(self, convs: list[str], tokens: list[str], ending: str, seed: int) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         super().__init__()
-        torch.manual_seed(seed)
-        self.ending, self.has_tokens = ending, bool(tokens)
-        x = torch.randn(2, 3, 6, 6)
-        self.convs = nn.ModuleList([nn.Conv2d(3, 6, 3, padding=1)])
-        x = self.convs[0](x)
-        for name in convs:
-            layer = CONV_LAYERS[name](x.shape[1])
-            self.convs.append(layer)
-            x = layer(x)
-        self.tokens = nn.ModuleList()
-        if tokens:
-            x = x.flatten(2).transpose(1, 2)
-        for name in tokens:
-            layer = TOKEN_LAYERS[name](x.shape[-1])
-            self.tokens.append(layer)
-            x = layer(x)
-        self.head = nn.Linear(self.features(x).shape[1], 4)
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.running_mean, -1, 1)
-                nn.init.uniform_(module.running_var, 0.2, 2)
-                nn.init.uniform_(module.weight, 0.5, 1.5)
+        torch.manual_seed(recipe.seed)
+        self.recipe = recipe
+        self.entry: nn.Module = nn.Conv2d(3, 6, 3, padding=1)
+        if recipe.entry == "ids":
+            self.entry = nn.Embedding(VOCABULARY, 8)
+        elif recipe.entry != "image":
+            self.entry = Entry(recipe.entry)
+        x = self.entry(*self.inputs(2))
+        self.images, self.layers = nn.ModuleList(), nn.ModuleList()
+        for name in () if recipe.entry == "ids" else recipe.images:
+            x = _add(self.images, KINDS["images"][name], x, 1)
+        x, tokens = self.turned(x), recipe.kind == "tokens"
+        for name in recipe.layers:
+            x = _add(self.layers, KINDS[recipe.kind][name], x, -1 if tokens else 1)
+        self.fit: nn.Module = nn.Linear(x.shape[-1], 8) if self.tied else nn.Identity()
+        self.head = nn.Linear(VOCABULARY if self.tied else self.features(x).shape[-1], 4)
         self.eval()
 
-    def features(self, x: torch.Tensor) -> torch.Tensor:
-        if self.has_tokens:
-            return x[:, 0] if self.ending == "first" else x.mean(1)
-        return x.flatten(1) if self.ending == "flatten" else x.mean((2, 3))
+    @property
+    def tied(self) -> bool:
+        """Whether logits come from the embedding's own weight."""
+        return self.recipe.ending == "tied" and self.recipe.entry == "ids"
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.convs:
+    def inputs(self, batch: int) -> tuple[Tensor, ...]:
+        """Random inputs."""
+        if self.recipe.entry == "ids":
+            return (torch.randint(0, VOCABULARY, (batch, 9)),)
+        images = (torch.randn(batch, 3, 6, 6), torch.randn(batch, 2, 6, 6))
+        return images[: 1 if self.recipe.entry == "image" else 2]
+
+    def turned(self, x: Tensor) -> Tensor:
+        """Images in the form of the layers that follow."""
+        if self.recipe.entry == "ids" or self.recipe.kind == "images":
+            return x
+        if self.recipe.kind == "tokens":
+            return x.flatten(2).transpose(1, 2)
+        if self.recipe.kind == "lines":
+            return x[:, :, ::3].flatten(2)
+        return x.unflatten(2, (2, 3)).repeat(1, 1, 2, 1, 1)[..., ::2]
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the head reads: [batch, features], or [batch, places, features]."""
+        tokens = self.recipe.kind == "tokens"
+        x, ending = x if tokens else x.flatten(2).transpose(1, 2), self.recipe.ending
+        if self.tied:
+            return F.linear(self.fit(x), self.entry.weight)
+        if ending == "flatten":
+            return x[:, :4].flatten(1) if tokens else x[:, :4].transpose(1, 2).reshape(len(x), -1)
+        if ending == "places":
+            return x
+        if ending == "largest":
+            return x.amax(1)
+        return x[:, 0] if ending == "first" else x.mean(1)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        x = self.entry(*inputs)
+        for layer in self.images:
             x = layer(x)
-        if self.has_tokens:
-            x = x.flatten(2).transpose(1, 2)
-        for layer in self.tokens:
+        x = self.turned(x)
+        for layer in self.layers:
             x = layer(x)
         return self.head(self.features(x))
 
 
-networks = st.builds(
-    Network,
-    st.lists(st.sampled_from(sorted(CONV_LAYERS)), max_size=5),
-    st.lists(st.sampled_from(sorted(TOKEN_LAYERS)), max_size=3),
-    st.sampled_from(["first", "mean", "flatten"]),
-    st.integers(0, 99),
+def _add(layers: nn.ModuleList, make: Layer, x: Tensor, dim: int) -> Tensor:
+    """Append a layer for the width that it finds in a dimension; the value after it."""
+    layer = make(x.shape[dim])
+    _randomise(layer)
+    layers.append(layer.eval())
+    with torch.no_grad():
+        result: Tensor = layer(x)
+    return result
+
+
+def _randomise(layer: nn.Module) -> None:
+    """Norms with weights, biases and statistics of their own."""
+    for module in layer.modules():
+        for name, tensor in (*module.named_parameters(recurse=False),
+                             *module.named_buffers(recurse=False)):  # fmt: skip
+            if not tensor.is_floating_point() or not bool((tensor == tensor.flatten()[0]).all()):
+                continue
+            with torch.no_grad():
+                tensor.uniform_(*((-0.5, 0.5) if name in ("bias", "running_mean") else (0.5, 1.5)))
+
+
+def _often(names: Mapping[str, Layer]) -> list[str]:
+    """Norms and softmax three times as often as the others."""
+    words = ("norm", "softmax", "standardised", "convnext", "statistic")
+    return [n for n in sorted(names) for _ in range(3 if any(w in n for w in words) else 1)]
+
+
+def _layers(kind: str, most: int) -> st.SearchStrategy[tuple[str, ...]]:
+    return st.lists(st.sampled_from(_often(KINDS[kind])), max_size=most).map(tuple)
+
+
+_ENDING = st.sampled_from(ENDINGS[:-1])
+_SEED = st.integers(0, 99)
+_IMAGE = st.sampled_from([*["image"] * 4, *ENTRIES[1:-1]])
+
+recipes: st.SearchStrategy[Recipe] = st.one_of(
+    st.builds(Recipe, _layers("images", 5), entry=_IMAGE, ending=_ENDING, seed=_SEED),
+    *(
+        st.builds(
+            Recipe, _layers("images", 2), st.just(kind), _layers(kind, 3), entry=_IMAGE,
+            ending=_ENDING, seed=_SEED,
+        )
+        for kind in ("tokens", "tokens", "lines", "volumes")
+    ),
+    st.builds(
+        Recipe, st.just(()), st.just("tokens"), _layers("tokens", 3), entry=st.just("ids"),
+        ending=st.sampled_from(ENDINGS), seed=_SEED,
+    ),
+)  # fmt: skip
+"""Recipes of up to 5 layers."""
+
+networks = recipes.map(Network)
+"""Their networks."""
+
+
+def single(kind: str, name: str) -> Recipe:
+    """The recipe that puts one layer between two others that can be pruned."""
+    if kind == "images":
+        return Recipe(("relu", name, "conv", "relu"))
+    before = ("linear",) if kind == "tokens" else ("conv",)
+    return Recipe(("relu",), kind, (*before, name))
+
+
+CATALOGUE: tuple[tuple[str, str], ...] = tuple(
+    (kind, name) for kind, layers in KINDS.items() for name in layers
 )
-"""Networks of up to 8 layers."""
+"""Every layer by kind and name."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a network is captured: with a free batch or a fixed one, in canonical form or not."""
+
+    dynamic: bool = True
+    canonical: bool = True
+
+
+forms: st.SearchStrategy[Form] = st.builds(Form, st.booleans(), st.booleans())
+"""All forms."""
