@@ -208,3 +208,16 @@ def test_the_model_is_valid_onnx_of_the_asked_version() -> None:
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 21)]
     onnx.checker.check_model(model, full_check=True)
     np.testing.assert_allclose(run(model, x)[0], expected(program, x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("heads", [(), (3,), (3, 2)])
+def test_attention_of_any_rank_is_translated(heads):
+    class Attention(torch.nn.Module):
+        def forward(self, x, y):
+            return torch.nn.functional.scaled_dot_product_attention(x, y, y * 2)
+
+    x, y = (torch.randn(2, *heads, tokens, 4) for tokens in (5, 7))
+    program = capture(Attention(), (x, y))
+    session = onnxruntime.InferenceSession(export_onnx(program).SerializeToString())
+    (actual,) = session.run(None, {"x": x.numpy(), "y": y.numpy()})
+    torch.testing.assert_close(torch.from_numpy(actual), program(x, y)[0])

@@ -1,6 +1,6 @@
 """Which models can be pruned: captured, planned, pruned, checked against the oracle, run in ONNX.
 
-    python tests/benchmarks/coverage.py                              # everything; hours on two cores
+    python tests/benchmarks/coverage.py                              # everything: an hour or two
     python tests/benchmarks/coverage.py --only 'timm:res*' --jobs 2  # some
     python tests/benchmarks/coverage.py --steps plan                 # without oracle and ONNX
     python tests/benchmarks/coverage.py --timm 'convnextv2_atto' 'rdnet_tiny'   # others
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -83,9 +83,9 @@ def examine(name: str, ratio: float, steps: tuple[str, ...]) -> Row:
         kind, _, model = name.partition(":")
         built = model_zoo.build(kind, model)
         step = "capture"
-        for step, row in _stages(row, built, ratio, steps):  # noqa: B007, PLR1704
-            pass
-    except Exception as error:  # noqa: BLE001 - it becomes the row's reason
+        for step, reached in _stages(row, built, ratio, steps):  # noqa: B007
+            row = reached
+    except Exception as error:
         if os.environ.get("COVERAGE_DEBUG"):
             traceback.print_exc()
         lines = str(error).strip().splitlines() or [""]
@@ -224,7 +224,7 @@ def _memory_mb(process: int) -> int:
     return pages * os.sysconf("SC_PAGESIZE") // 2**20
 
 
-def model_names(timm_names: list[str]) -> list[str]:
+def model_names(timm_names: Sequence[str]) -> list[str]:
     """All models: torchvision but for detection and int8 ones, timm families, transformers."""
     import torchvision
 
@@ -310,7 +310,7 @@ def _preload() -> None:
     import torchvision  # noqa: F401
     import transformers  # noqa: F401
 
-    import pruna_ir.onnx_export  # noqa: F401
+    import pruna_ir.onnx_export
     import pruna_ir.passes.prune_channels  # noqa: F401
 
     # A forked child must not inherit threads.

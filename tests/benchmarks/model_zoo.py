@@ -16,7 +16,7 @@ from torch import nn
 
 Model = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
-TIMM = """
+_SMALLEST = """
     aimv2_large_patch14_224 bat_resnext26ts beit_base_patch16_224 beitv2_base_patch16_224
     botnet26t_256 caformer_s18 cait_xxs24_224 coat_tiny coatnet_pico_rw_224
     coatnext_nano_rw_224 convformer_s18 convit_tiny convmixer_768_32 convnext_zepto_rms
@@ -47,7 +47,9 @@ TIMM = """
     tnt_s_legacy_patch16_224 tresnet_m twins_svt_small vgg11 visformer_tiny
     vit_tiny_patch16_dinov3_qkvb vitamin_small_224 volo_d1_224 vovnet39a wide_resnet50_2
     xception41p xcit_nano_12_p8_224
-""".split()
+"""
+
+TIMM = tuple(_SMALLEST.split())
 """The smallest model of every timm 1.0 family (models whose names begin alike)."""
 
 IMAGE_SIZES = (96, 128, 160, 224, 256, 299, 384)
@@ -175,7 +177,9 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] 
     ),
     "electra": ("ElectraForPreTraining", {**_SMALL, "embedding_size": 32}, _TEXT),
     "albert": ("AlbertForMaskedLM", {**_SMALL, "embedding_size": 32}, _TEXT),
-    "gpt2": ("GPT2LMHeadModel", {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 211}, _TEXT),
+    "gpt2": (
+        "GPT2LMHeadModel", {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 211}, _TEXT,
+    ),
     "gpt-neox": ("GPTNeoXForCausalLM", _SMALL, _TEXT),
     "opt": (
         "OPTForCausalLM", {**_SMALL, "ffn_dim": 160, "word_embed_proj_dim": 64}, _TEXT,
@@ -229,10 +233,10 @@ def _transformer(name: str) -> Model:
     import transformers
 
     class_name, changes, inputs = TRANSFORMERS[name]
+    home = transformers
     if class_name == "WhisperEncoder":
-        from transformers.models.whisper.modeling_whisper import WhisperEncoder as cls
-    else:
-        cls = getattr(transformers, class_name)
+        from transformers.models.whisper import modeling_whisper as home
+    cls = getattr(home, class_name)
     config = cls.config_class(**changes)
     config.use_cache = False
     module = cls(config).eval()

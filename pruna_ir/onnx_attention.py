@@ -1,0 +1,66 @@
+"""Attention as ``torch.onnx`` takes it: queries, keys and values of exactly four dimensions.
+
+    q, k, v [batch, *heads, tokens, size]
+      -->
+    unflatten(attention(flatten(q), flatten(k), flatten(v)))      with the heads in one dimension
+
+Attention over [batch, tokens, size] gets a head dimension of one. A mask that itself has batch
+or head dimensions is left alone, and ``torch.onnx`` then refuses the node by its name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from pruna_ir.call import bind_arguments
+from pruna_ir.program import Program, shape_of
+from pruna_ir.transform import Context, Rewrite
+
+aten = torch.ops.aten
+
+_ATTENTION = aten.scaled_dot_product_attention.default
+
+
+def with_four_dimensions(program: Program) -> Program:
+    """The program with every attention on four dimensions; the same program where all are."""
+    if all(_fits(bind_arguments(node)) for node in program.calls(_ATTENTION)):
+        return program
+    rw = Rewrite(program, "onnx", Context())
+    for node in rw.calls(_ATTENTION):
+        arguments = bind_arguments(node)
+        if not _fits(arguments):
+            _merge_heads(rw, node, arguments)
+    return rw.finish()
+
+
+def _fits(arguments: dict[str, Any]) -> bool:
+    """Whether ``torch.onnx`` takes it, or it cannot be brought into that form."""
+    query, key, value = (shape_of(arguments[name]) or () for name in ("query", "key", "value"))
+    mask = arguments["attn_mask"]
+    return (
+        len(query) == 4
+        or not query[1:-2] == key[1:-2] == value[1:-2]
+        or any(not isinstance(size, int) for size in query[1:-2])
+        or (mask is not None and len(shape_of(mask) or ()) > 2)
+    )
+
+
+def _merge_heads(rw: Rewrite, node: fx.Node, arguments: dict[str, Any]) -> None:
+    heads = (shape_of(arguments["query"]) or ())[1:-2]
+
+    def attention(**given: Any) -> Any:
+        for name in ("query", "key", "value"):
+            given[name] = (
+                aten.unsqueeze.default(given[name], 1)
+                if not heads
+                else aten.flatten.using_ints(given[name], 1, -3)
+            )
+        result = _ATTENTION(**given)
+        if not heads:
+            return aten.squeeze.dim(result, 1)
+        return aten.unflatten.int(result, 1, list(heads))
+
+    rw.inline(node, attention, arguments)
