@@ -11,7 +11,7 @@ times the number of samples. Values run at the program's own precision.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -104,6 +104,14 @@ class Frontier:
         """Run everything up to a node, and the node."""
         if node not in self._done:
             self.reach(node.next)
+
+    def ahead(self) -> Iterator[fx.Node]:
+        """The calls that have not run yet, in order."""
+        node = self._next
+        while node.op != "output":
+            if node.op == "call_function":
+                yield node
+            node = node.next
 
     def values(self, node: fx.Node) -> list[Any]:
         """A node's value for every batch; it must have run, and have a reader that has not.
