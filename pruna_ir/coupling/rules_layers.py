@@ -100,13 +100,13 @@ def _grouped(
         return (*weight.dims[0], *weight.dims[2 if transposed else 1]), both
     equal = site.because("belongs to a group that must keep its size")
     x, weight = equal.whole_dims(x, [lead]), equal.whole_dims(weight, [0])
-    x, weight = site.algebra.meet_dims(x, [lead + 1], weight, [1 if transposed else 2])
-    out_dim = 2 if transposed else 1
+    out_dim, in_dim = (2, 1) if transposed else (1, 2)
+    x, weight = site.algebra.meet_dims(x, [lead + 1], weight, [in_dim])
     channels = weight.dims[out_dim]
-    group_factor = (Factor(groups),)
-    x_rest = tuple(b for b in x.blocks if not b.touches(x.dims[lead + 1]))
-    w_rest = tuple(b for b in weight.blocks if b.touches(channels))
-    return (*group_factor, *channels), x_rest + w_rest
+    # A weight computed in the graph may have ids that span both of its channel dimensions.
+    summed = site.algebra.contracted(weight, [in_dim])
+    w_rest = tuple(b for b in summed.blocks if b.touches(channels))
+    return (Factor(groups), *channels), site.algebra.contracted(x, [lead + 1]).blocks + w_rest
 
 
 def _split_dim(site: Site, value: Value, dim: int, outer: int, inner: int) -> Value:
