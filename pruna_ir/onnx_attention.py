@@ -1,4 +1,4 @@
-"""Attention as ``torch.onnx`` takes it: queries, keys and values of exactly four dimensions.
+"""Attention as ``torch.onnx`` takes it: four dimensions, and a result of no special layout.
 
     q, k, v [batch, *heads, tokens, size]
       -->
@@ -6,6 +6,10 @@
 
 Attention over [batch, tokens, size] gets a head dimension of one. A mask that itself has batch
 or head dimensions is left alone, and ``torch.onnx`` then refuses the node by its name.
+
+A fused attention kernel returns its result in another memory layout than the operators that
+``torch.onnx`` decomposes it into. Views behind it that were chosen for the one layout fail on the
+other, so its result is made contiguous (an Identity in ONNX, which is optimised away).
 """
 
 from __future__ import annotations
@@ -24,16 +28,27 @@ aten = torch.ops.aten
 _ATTENTION = aten.scaled_dot_product_attention.default
 
 
-def with_four_dimensions(program: Program) -> Program:
-    """The program with every attention on four dimensions; the same program where all are."""
-    if all(_fits(bind_arguments(node)) for node in program.calls(_ATTENTION)):
+def with_plain_attention(program: Program) -> Program:
+    """The program with every attention in that form; the same program where there is none."""
+    if not any(program.calls(_ATTENTION)):
         return program
     rw = Rewrite(program, "onnx", Context())
     for node in rw.calls(_ATTENTION):
         arguments = bind_arguments(node)
+        _make_contiguous(rw, node)
         if not _fits(arguments):
             _merge_heads(rw, node, arguments)
     return rw.finish()
+
+
+def _make_contiguous(rw: Rewrite, node: fx.Node) -> None:
+    readers = list(node.users)
+    copy = rw.insert(
+        aten.clone.default, before=node.next, like=node, self=node,
+        memory_format=torch.contiguous_format,
+    )  # fmt: skip
+    for reader in readers:
+        rw.redirect(reader, {node: copy})
 
 
 def _fits(arguments: dict[str, Any]) -> bool:

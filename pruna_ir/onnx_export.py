@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from pruna_ir.errors import LoweringError
-from pruna_ir.onnx_attention import with_four_dimensions
+from pruna_ir.onnx_attention import with_plain_attention
 from pruna_ir.program import Program, TensorSpec
 from pruna_ir.reexport import reexport
 from pruna_ir.registry import kernels
@@ -95,7 +95,7 @@ def module_scopes(node: Any) -> list[str]:
 def _translate(program: Program, opset: int) -> Any:
     kernels()
     fake_quant = torch.ops.pruna.fake_quant.default
-    exported = reexport(with_four_dimensions(program))
+    exported = reexport(with_plain_attention(program))
     try:
         result = torch.onnx.export(
             exported,
