@@ -17,8 +17,9 @@ scales of every norm over the channels: batch, instance, group, layer and RMS no
 operator or spelled out. A group without one, or whose batch norms were folded, cannot be scored by
 bn-scale, and is refused by name.
 
-Limits: magnitudes say nothing of the data; fold a batch norm first to include its scale. bn-scale
-means most in models that were trained with the L1 penalty of the paper.
+Limits: magnitudes say nothing of the data; fold a batch norm first to include its scale. fpgm
+cannot tell the units of a group of two apart. bn-scale means most in models that were trained with
+the L1 penalty of the paper.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Criteria of the loss: how much it changes, to first or second order, when a unit goes.
 
 With g_i the gradient of the loss of sample i (`calibration_loss`), N samples, g = mean_i g_i,
-x_i what the consumers of unit u read of it and S the weights of a scored member that belong to u:
+x_i what a consumer of unit u reads of it and S the weights of a scored member that belong to u:
 
     taylor        mean_i (sum x_i * dL_i/dx_i)^2
     gradient      sum_S |g|
@@ -12,8 +12,8 @@ x_i what the consumers of unit u read of it and S the weights of a scored member
 
 taylor: Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, equations 8
 and 9, with a sample as the minibatch. The set of weights is what removal zeroes: the columns of
-all consumers of the unit together; sum w g over the columns of one channel is x * dL/dx. One score
-a group, to which aggregation adds nothing. What a norm over the pruned axis does is not seen.
+all consumers that read one and the same input, for which sum w g is x * dL/dx through them. What a
+norm over the pruned axis does is not seen.
 gradient: the magnitude of the mean gradient of the weights, the baseline that leaves out w.
 snip: Lee et al., SNIP, ICLR 2019, equations 4 and 5; the sum in the denominator is over all scored
 weights of all groups. fisher: the diagonal of the empirical Fisher matrix for the Hessian in
@@ -24,9 +24,9 @@ true Fisher matrix, by one drawn label a position (Martens, New Insights on the 
 Method, JMLR 2020, section 5). movement: Sanh et al., Movement Pruning, NeurIPS 2020, equation 6
 without its constant factor; one step of plain SGD a batch at `MOVEMENT_RATE`, frozen norms.
 
-Members: taylor sees the consumers (`consumers`); the others see all trainable members of a group:
-weights that produce and that read the channels, biases, and scales and shifts of norms, each
-tensor once. taylor, fisher and gauss-newton run sample by sample where the batch is dynamic, and
+Members: taylor sees the inputs of consumers (`consumers`), each once; the others see all trainable
+members of a group: weights that produce and that read the channels, biases, and scales and shifts
+of norms, each tensor once. taylor, fisher and gauss-newton run sample by sample where the batch is dynamic, and
 run by run where the program fixes it.
 
 All but movement accumulate exactly over batches and ranks. movement depends on the batches, since
@@ -83,12 +83,12 @@ def taylor(candidates: Candidates) -> list[Parts]:
         slopes = torch.autograd.grad(loss, read, materialize_grads=True)
         first = _products(sources, read, slopes, found)
         for number, each in enumerate(found):
-            change = np.sum([r.per_unit(first[r.consumer.key]) for r in each], 0)
+            change = np.stack([r.per_unit(first[r.consumer.key]) for r in each])
             evidence.add(str(number), torch.from_numpy(change**2))
         evidence.add("samples", torch.tensor(1))
     evidence.over_ranks()
     samples = int(evidence["samples"])
-    return [[evidence[str(number)].numpy() / samples] for number in range(len(found))]
+    return [list(evidence[str(number)].numpy() / samples) for number in range(len(found))]
 
 
 def _products(

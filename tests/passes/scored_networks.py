@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import numpy as np
 import torch
@@ -118,7 +119,8 @@ class Scored:
 
     def unit_entries(self, member, unit: int, tensor: torch.Tensor) -> torch.Tensor:
         """The entries of a tensor that belong to one unit."""
-        return torch.cat([tensor.select(member.dim, int(i)).flatten() for i in member.indices[unit]])
+        index = member.indices[unit].tolist()
+        return torch.cat([tensor.select(member.dim, i).flatten() for i in index])
 
     def members(self, group):
         """The members whose tensors are parameters, each parameter once."""
@@ -132,7 +134,7 @@ class Scored:
         return list(seen.values())
 
     def readers(self, group) -> Iterator[tuple[nn.Module, list[list[int]]]]:
-        """The layers that read a group's channels, in any order, with the channels of each unit."""
+        """The layers that read a group's channels, with the channels of each unit."""
         for member in self.members(group):
             parameter = self.module.get_parameter(member.tensor)
             if member.dim != 1:
@@ -176,6 +178,12 @@ class Scored:
         return -torch.stack(
             [chances[t, self.inputs[number, t + 1]] for t in range(len(chances))]
         ).mean()
+
+
+@cache
+def shared(name: str) -> Scored:
+    """One `Scored` for all tests of a process that leave it as it is."""
+    return Scored(name)
 
 
 def assert_same(actual: list[np.ndarray], expected: list[list[float]], tolerance: float = 1e-9):

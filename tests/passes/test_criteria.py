@@ -16,7 +16,7 @@ from pruna_ir.passes.criteria import distances
 from pruna_ir.passes.importance import refusals, scores
 from pruna_ir.passes.norm_scales import norm_scales
 from pruna_ir.transform import Context
-from tests.passes.scored_networks import Scored, assert_same
+from tests.passes.scored_networks import assert_same, shared
 
 NETWORKS = ("images", "language")
 
@@ -50,19 +50,19 @@ def naive(scored, size):
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_l1_sums_absolute_weights(network):
-    scored = Scored(network)
+    scored = shared(network)
     assert_same(raw(scored, "l1"), naive(scored, lambda w: sum(map(abs, w))))
 
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_l2_is_the_euclidean_norm(network):
-    scored = Scored(network)
+    scored = shared(network)
     assert_same(raw(scored, "l2"), naive(scored, lambda w: math.sqrt(sum(x * x for x in w))))
 
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_fpgm_sums_distances_to_the_other_units(network):
-    scored = Scored(network)
+    scored = shared(network)
     expected = []
     for group in scored.groups:
         totals = [0.0] * len(group.units)
@@ -70,7 +70,7 @@ def test_fpgm_sums_distances_to_the_other_units(network):
             weight = scored.module.get_parameter(member.tensor)
             rows = [scored.unit_entries(member, u, weight) for u in range(len(group.units))]
             for u, row in enumerate(rows):
-                totals[u] += sum(float((row - other).norm()) for other in rows)
+                totals[u] += sum(float((row - other).detach().norm()) for other in rows)
         expected.append(totals)
     assert_same(raw(scored, "fpgm"), expected, 1e-7)
 
@@ -89,7 +89,7 @@ def test_the_redundant_filter_has_the_least_distance():
 
 
 def test_bn_scale_reads_the_scales_of_the_norms():
-    scored = Scored("images")
+    scored = shared("images")
     groups = [g for g, why in zip(scored.groups, refused(scored), strict=True) if not why]
     scales = [[scored.module.bn.weight], [scored.module.bn_mix.weight]]
     expected = []
@@ -110,7 +110,7 @@ def refused(scored):
 
 
 def test_bn_scale_finds_norms_that_are_spelled_out():
-    scored = Scored("language")
+    scored = shared("language")
     assert norm_scales(scored.program) == {"norm.weight", "norm_ffn.weight", "norm_out.weight"}
     (width,) = [g for g in scored.groups if len(g.units) == 12]
     expected = [
@@ -137,7 +137,7 @@ def test_a_scale_of_something_unnormalised_is_no_norm_scale():
 
 
 def test_bn_scale_refuses_groups_without_a_norm_by_name():
-    scored = Scored("images")
+    scored = shared("images")
     assert [bool(why) for why in refused(scored)].count(True) == 1
     with pytest.raises(UsageError) as error:
         raw(scored, "bn-scale")
@@ -148,7 +148,7 @@ def test_bn_scale_refuses_groups_without_a_norm_by_name():
 
 
 def test_random_depends_on_the_seed_and_not_on_the_other_groups():
-    scored = Scored("images")
+    scored = shared("images")
     first, again = raw(scored, "random"), raw(scored, "random")
     alone = raw(scored, "random", scored.groups[1:2])
     other = scores(
@@ -160,7 +160,7 @@ def test_random_depends_on_the_seed_and_not_on_the_other_groups():
 
 
 def test_the_comparison_of_these_tests_sees_a_swap_of_two_units():
-    scored = Scored("images")
+    scored = shared("images")
     swapped = [row.copy() for row in raw(scored, "l1")]
     swapped[0][[0, 1]] = swapped[0][[1, 0]]
     with pytest.raises(AssertionError):
