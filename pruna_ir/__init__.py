@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         apply as apply,
     )
     from pruna_ir.verify import verify as verify
+    from pruna_ir.write_back import write_back as write_back
 
 __version__ = "0.1.0"
 
@@ -59,6 +60,7 @@ _HOMES = {
     "load_data": "data",
     "print_program": "printer",
     "verify": "verify",
+    "write_back": "write_back",
 }
 __all__ = ["__version__", *sorted(_HOMES)]
 

@@ -6,6 +6,9 @@ then runs on the program's inputs, both lifted to float64. Only when outputs agr
 itself changed. What a module's class cannot express (a folded batch norm, fake-quant parameters,
 shapes written into ``forward``) is thereby an error and never a module that computes
 something else.
+
+Limits: a configuration that the module keeps beside its sizes (``model.config``) stays as it was;
+save the module's ``state_dict`` with the program rather than rebuild the class from it.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pruna_ir.call import bind_arguments
 from pruna_ir.equivalence import LIFTED_TOLERANCE, differences, run_float64
@@ -76,16 +80,30 @@ def _put(program: Program, module: nn.Module) -> None:
         )
     changed: dict[str, None] = {}
     shared: dict[int, nn.Parameter] = {}
+    others = _other_names(module)
     for name, tensor in tensors.items():
-        owner, leaf = _owner(module, name)
-        if tuple(getattr(owner, leaf).shape) != tuple(tensor.shape):
-            changed[name.rpartition(".")[0]] = None
-        _assign(owner, leaf, tensor, shared)
+        for alias in [name, *(n for n in others.get(name, ()) if n not in tensors)]:
+            owner, leaf = _owner(module, alias)
+            if tuple(getattr(owner, leaf).shape) != tuple(tensor.shape):
+                changed[alias.rpartition(".")[0]] = None
+            _assign(owner, leaf, tensor, shared)
     grouped = _groups(program)
     for path in changed:
         _update_sizes(module.get_submodule(path), grouped.get(path))
     for child in module.modules():
         _update_attention(child)
+
+
+def _other_names(module: nn.Module) -> dict[str, list[str]]:
+    """The names under which a module has the tensor of a name once more (tied weights); a
+    program reads it under one of them."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in (
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ):
+        names.setdefault(id(tensor), []).append(name)
+    return {name: [n for n in same if n != name] for same in names.values() for name in same}
 
 
 def _has_place(module: nn.Module, name: str) -> bool:
@@ -213,26 +231,48 @@ _SIZES: tuple[tuple[tuple[type, ...], Callable[[Any, int | None], None]], ...] =
 
 
 def _update_attention(module: Any) -> None:
-    """Head counts of attention classes, from the width of their projections.
-
-    Known by their attributes: BERT's (``query``), GPT-2's (``c_attn``) and timm's (``qkv``).
-    """
+    """Head counts of attention classes, from the width of their projections."""
     if isinstance(module, nn.MultiheadAttention):
         return
-    if _has(module, "query", "attention_head_size", "num_attention_heads", "all_head_size"):
-        width = module.query.weight.shape[0]
-        _set(module, all_head_size=width)
-        _set(module, num_attention_heads=width // module.attention_head_size)
-    elif _has(module, "c_attn", "split_size", "num_heads", "head_dim"):
-        width = module.c_attn.weight.shape[1] // 3
-        _set(module, split_size=width, num_heads=width // module.head_dim)
-    elif _has(module, "qkv", "num_heads", "head_dim") and isinstance(module.qkv, nn.Linear):
-        width = module.qkv.weight.shape[0] // 3
-        _set(module, num_heads=width // module.head_dim, attn_dim=width)
+    for names, update in _ATTENTION:
+        if all(hasattr(module, name) for name in names):
+            update(module)
+            return
 
 
-def _has(module: Any, *names: str) -> bool:
-    return all(hasattr(module, name) for name in names)
+def _bert(module: Any) -> None:
+    width = module.query.weight.shape[0]
+    heads = width // module.attention_head_size
+    _set(module, all_head_size=width, num_attention_heads=heads)
+
+
+def _gpt2(module: Any) -> None:
+    width = module.c_attn.weight.shape[1] // 3
+    _set(module, split_size=width, num_heads=width // module.head_dim)
+
+
+def _llama(module: Any) -> None:
+    queries, keys = module.q_proj.weight.shape[0], module.k_proj.weight.shape[0]
+    _set(module, num_key_value_groups=queries // keys)
+
+
+def _timm(module: Any) -> None:
+    width = module.qkv.weight.shape[0] // 3
+    _set(module, num_heads=width // module.head_dim, attn_dim=width)
+
+
+def _swin(module: Any) -> None:
+    _set(module, num_heads=module.relative_position_bias_table.shape[-1])
+
+
+# The attributes by which an attention class is known, and what sets its numbers of heads.
+_ATTENTION: tuple[tuple[tuple[str, ...], Callable[[Any], None]], ...] = (
+    (("query", "attention_head_size", "num_attention_heads", "all_head_size"), _bert),
+    (("c_attn", "split_size", "num_heads", "head_dim"), _gpt2),
+    (("q_proj", "k_proj", "num_key_value_groups"), _llama),
+    (("qkv", "num_heads", "head_dim"), _timm),
+    (("qkv", "num_heads", "relative_position_bias_table"), _swin),
+)
 
 
 # -- verification --------------------------------------------------------------------------
@@ -244,11 +284,15 @@ def _verify(
     call: Callable[[nn.Module, Sequence[torch.Tensor]], Any],
 ) -> None:
     module.eval().double()
+    for child in module.modules():
+        if isinstance(child, nn.RMSNorm) and child.eps is None:
+            # Its default would follow the precision; the program has that of float32.
+            child.eps = torch.finfo(torch.float32).eps
     for stimulus in stimuli(program):
         truth = run_float64(program, stimulus.inputs)
         lifted = [x.double() if x.is_floating_point() else x for x in stimulus.inputs]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _InFloat64():
                 actual = _tensors(call(module, lifted))
         except Exception as error:
             lines = str(error).splitlines() or [""]
@@ -260,6 +304,26 @@ def _verify(
         measured = max(differences(actual, truth))
         if not measured <= LIFTED_TOLERANCE:
             raise VerificationError(_difference(program, module, measured, stimulus.kind))
+
+
+_LOW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class _InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Computes in float64 where a module asks for a lower precision, as the program does."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operator with float64 for every lower floating-point dtype."""
+        named = {
+            key: torch.float64 if value in _LOW else value
+            for key, value in (kwargs or {}).items()
+        }
+        return func(*args, **named)
 
 
 def _difference(program: Program, module: nn.Module, error: float, kind: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from torch import nn
 
 from pruna_ir.capture import capture
 from pruna_ir.errors import PassError, VerificationError
+from pruna_ir.passes.canonicalize import Canonicalize
+from pruna_ir.passes.prune_channels import PruneChannels
 from pruna_ir.program import Program
 from pruna_ir.training import with_state
-from pruna_ir.transform import Context, Rewrite
+from pruna_ir.transform import Context, Rewrite, apply
 from pruna_ir.write_back import write_back
 
 aten = torch.ops.aten
@@ -185,3 +188,126 @@ def test_pruned_heads_of_gpt2_go_back() -> None:
     assert (attention.num_heads, attention.split_size, attention.c_attn.nf) == (2, 8, 24)
     with torch.no_grad():
         assert torch.allclose(model(input_ids=ids).logits, program(ids)[0], atol=1e-5)
+
+
+# -- real architectures ------------------------------------------------------------------------
+
+Given = tuple[nn.Module, tuple[torch.Tensor, ...], dict[str, torch.Tensor]]
+
+
+def image(size: int = 32) -> tuple[torch.Tensor, ...]:
+    return (torch.randn(2, 3, size, size),)
+
+
+def tokens() -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.randint(0, 50, (2, 9))}
+
+
+def resnet50() -> Given:
+    import torchvision
+
+    return torchvision.models.resnet50(num_classes=10), image(), {}
+
+
+def swin() -> Given:
+    import torchvision
+
+    model = torchvision.models.SwinTransformer([4, 4], 24, [2, 2], [2, 4], [4, 4], num_classes=10)
+    return model, image(64), {}
+
+
+def vit() -> Given:
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=10)
+    return model, image(), {}
+
+
+def gpt2() -> Given:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        n_embd=48, n_layer=2, n_head=4, vocab_size=50, n_positions=16, use_cache=False,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config), (), tokens()
+
+
+def bert() -> Given:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
+        vocab_size=50,
+    )  # fmt: skip
+    return BertForSequenceClassification(config), (), tokens()
+
+
+def llama() -> Given:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=50, use_cache=False,
+    )  # fmt: skip
+    return LlamaForCausalLM(config), (), tokens()
+
+
+MODELS: dict[str, tuple[Callable[[], Given], tuple[str, ...]]] = {
+    "resnet50": (resnet50, ()),
+    "swin": (swin, ()),
+    "vit": (vit, ()),
+    "vit, heads only": (vit, ("heads",)),
+    "gpt2": (gpt2, ()),
+    "gpt2, heads only": (gpt2, ("heads",)),
+    "gpt2, width only": (gpt2, ("width",)),
+    "bert": (bert, ()),
+    "bert, heads and neurons": (bert, ("heads", "ffn")),
+    "llama": (llama, ()),
+    "llama, heads only": (llama, ("heads",)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_pruned_architecture_runs_in_its_own_class(name: str) -> None:
+    make, kinds = MODELS[name]
+    torch.manual_seed(0)
+    module, inputs, named = make()
+    module.eval()
+    program = apply(Canonicalize(), capture(module, inputs, named)).program
+    small = apply(PruneChannels(ratio=0.5, kinds=kinds), program).program
+    before = sum(parameter.numel() for parameter in module.parameters())
+    write_back(small, module)
+    assert sum(parameter.numel() for parameter in module.parameters()) < before
+    again = apply(Canonicalize(), capture(module, inputs, named)).program
+    assert {n: t.shape for n, t in again.tensors().items()} == {
+        n: t.shape for n, t in small.tensors().items()
+    }
+    for actual, expected in zip(again(*program.examples), small(*program.examples), strict=True):
+        assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tied_weights_stay_tied() -> None:
+    module, inputs, named = gpt2()
+    program = apply(Canonicalize(), capture(module.eval(), inputs, named)).program
+    small = apply(PruneChannels(ratio=0.5, kinds=("width",)), program).program
+    write_back(small, module)
+    assert module.lm_head.weight is module.transformer.wte.weight
+    assert module.transformer.wte.embedding_dim == module.lm_head.in_features == 24
+
+
+def test_a_class_that_cannot_lose_heads_says_so_and_stays() -> None:
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    module = VisionTransformer(32, 16, 2, 4, 48, 96, num_classes=10).eval()
+    nn.init.normal_(module.heads.head.weight)
+    program = apply(Canonicalize(), capture(module, image())).program
+    before = state_of(module)
+    small = apply(PruneChannels(ratio=0.5, kinds=("heads",)), program).program
+    with pytest.raises(VerificationError, match=r"VisionTransformer does not run .* Nothing was"):
+        write_back(small, module)
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+    # Its hidden neurons are another matter.
+    write_back(apply(PruneChannels(ratio=0.5, kinds=("ffn",)), program).program, module)
+    assert module.encoder.layers[0].mlp[0].out_features == 48
