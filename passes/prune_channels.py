@@ -32,9 +32,10 @@ from pruna_ir.coupling import Coupling, Group, couple, remove
 from pruna_ir.coupling.kinds import HEADS, KINDS, kinds_of
 from pruna_ir.errors import UsageError
 from pruna_ir.masked_reference import MaskedOracle
-from pruna_ir.passes.budgets import COUNTED, budget
+from pruna_ir.passes.budgets import COUNTED, Counted, budget
 from pruna_ir.passes.importance import AGGREGATIONS, CRITERIA, NORMALISATIONS, scores
 from pruna_ir.passes.removal_plans import carried_back, origin_of, save, without
+from pruna_ir.passes.scored_members import Candidates
 from pruna_ir.passes.selection import (
     RANKINGS,
     TRANSFORMER_NAME,
@@ -48,6 +49,7 @@ from pruna_ir.passes.selection import (
     own_ratio,
     parse_ratios,
 )
+from pruna_ir.passes.sensitivity import sensitivities
 from pruna_ir.program import Program, module_path
 from pruna_ir.registry import unknown
 from pruna_ir.transform import Effect, Pass, Rewrite
@@ -71,7 +73,9 @@ class PruneChannels(Pass):
         aggregate: how the scores of coupled weights become one: ``mean``, ``sum``, ``max``.
         normalise: how scores are made comparable: ``mean``, ``max``, ``sum``, ``none``, ``lamp``.
         ranking: ``layer`` removes the share from every group; ``global`` ranks the channels of
-            all groups together.
+            all groups together; ``sensitivity`` takes a group's channels in the criterion's order,
+            and from each group as many as the measured error of the outputs per cost saved tells
+            (`pruna_ir.passes.sensitivity`; needs calibration data).
         ratios: shares of channels for some groups, as ``KIND=RATIO`` or ``GLOB=RATIO`` over the
             names of the tensors that produce the channels (or their modules' paths); the last
             that matches holds. Kinds: conv, heads, head-size, ffn, width, other, and
@@ -142,14 +146,21 @@ class PruneChannels(Pass):
         for option in ("round_to", "min_channels", "steps"):
             if getattr(self, option) < 1:
                 raise self._bad(f"{option} must be at least 1, not {getattr(self, option)}")
-        if self.ranking == "global" and self.of == "channels" and self.ratio > self.max_ratio:
+        if self.ranking == "sensitivity" and self.steps > 1:
+            raise self._bad("ranking=sensitivity measures the unpruned program; it takes steps=1")
+        if self.ranking != "layer" and self.of == "channels" and self.ratio > self.max_ratio:
             raise self._bad(
-                f"a global ratio of {self.ratio} is more than max_ratio={self.max_ratio} allows "
+                f"a {self.ranking} ratio of {self.ratio} is more than max_ratio={self.max_ratio} allows "
                 "of every group; raise max_ratio"
             )
 
     def _bad(self, message: str) -> UsageError:
         return UsageError(f"{self.name}: {message}")
+
+    @property
+    def depends_on_target(self) -> bool:
+        """Only latency is measured on the target."""
+        return self.of == "latency"
 
     def rewrite(self, rw: Rewrite) -> None:
         """Analyse, rank, select, remove, promise."""
@@ -229,7 +240,7 @@ class PruneChannels(Pass):
         if not candidates and self.of == "channels":
             return gone
         limits = Limits(self.ranking, self.min_channels, self.round_to, self.max_ratio)
-        capped = self.of != "channels" or self.ranking == "global"
+        capped = self.of != "channels" or self.ranking != "layer"
         try:
             with budget(self.of, rw, coupling) as costs:
                 for step in range(1, self.steps + 1):
@@ -237,6 +248,8 @@ class PruneChannels(Pass):
                         rw.context.progress(f"{self.name} round", step, self.steps)
                     part = step / self.steps
                     scored = self._scores(rw, coupling, candidates, gone)
+                    if self.ranking == "sensitivity":
+                        scored = self._sensitivities(rw, coupling, candidates, scored)
                     selector = Selector(coupling, candidates, scored, limits, capped, part)
                     gone = costs.reach(selector, part * self.ratio, gone)
                 if told := costs.told(gone):
@@ -265,6 +278,24 @@ class PruneChannels(Pass):
             each[group.units] = values
         units = carried_back(coupling, again, gone, each)
         return [units[group.units] for group in groups]
+
+    def _sensitivities(
+        self, rw: Rewrite, coupling: Coupling, candidates: list[Candidate], orders: list[Scores]
+    ) -> list[Scores]:
+        """What each channel's removal adds to the error of the outputs, per cost that it saves."""
+        groups = [candidate.group for candidate in candidates]
+        # Latency is too costly to measure for every group; FLOPs stand in for it.
+        counted = Counted(rw.program, coupling, self.of if self.of in COUNTED else "flops")
+
+        def removed(gone: Mask) -> float:
+            return float(gone.mean()) if self.of == "channels" else counted.removed(gone)
+
+        return sensitivities(
+            Candidates(rw.program, coupling, groups, rw.context),
+            orders,
+            removed,
+            lambda gone: without(rw, coupling, gone),
+        )
 
     def _scored(
         self, rw: Rewrite, program: Program, coupling: Coupling, groups: Sequence[Group]

@@ -126,6 +126,11 @@ class Pass:
     min_sqnr_db: ClassVar[float] = 20.0
     api_version: ClassVar[int] = API_VERSION
 
+    @property
+    def depends_on_target(self) -> bool:
+        """Whether the result differs between targets: an option ``target`` was left empty."""
+        return getattr(self, "target", None) == ""
+
     def rewrite(self, rw: Rewrite) -> None:
         """Edit the program under ``rw``. Guards first: match, check, rewrite, or ``rw.skip``."""
         raise TypeError(f"{type(self).__name__} must define rewrite(); it was given {rw}")

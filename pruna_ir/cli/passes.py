@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pruna_ir.bisect import Explain
@@ -63,7 +63,7 @@ def _depends(item: Pass | Scope) -> bool:
     """Whether an item takes the target from its context: it has that option, and left it open."""
     if isinstance(item, Scope):
         return any(map(_depends, item.items))
-    return any(f.name == "target" and not getattr(item, f.name) for f in fields(item))
+    return item.depends_on_target
 
 
 class _Runs:
