@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from pruna_ir.errors import InvalidIRError
 from pruna_ir.program import Program, source_line
@@ -47,6 +47,14 @@ def propagated(program: Program, node: fx.Node, mode: FakeTensorMode) -> Any:
         raise InvalidIRError(
             f"{node.name}: {node.target} does not accept its operands: {error}{where}"
         ) from error
+
+
+def resized_value(value: torch.Tensor, sizes: Sequence[int | torch.SymInt]) -> torch.Tensor:
+    """A fake tensor like another one, of known sizes; nothing is propagated."""
+    if not isinstance(value, FakeTensor):
+        raise InvalidIRError("a node's value must be a fake tensor; capture the program again")
+    empty = torch.empty(sizes, dtype=value.dtype, device="meta")
+    return FakeTensor(value.fake_mode, empty, value.device)
 
 
 def propagate(program: Program, nodes: Iterable[fx.Node]) -> None:

@@ -389,6 +389,17 @@ class Rewrite:
         module = fx.GraphModule(self.program.module, self.graph, class_name="Program")
         return replace(self.program, module=module, origin=self._origin)
 
+    def state(self, values: Mapping[fx.Node, Any]) -> None:
+        """Give nodes values that are known; `refresh` then propagates other readers of theirs.
+
+        Calls that were edited are propagated all the same, and the pipeline's verifier compares
+        every value with what its operands give.
+        """
+        for node, value in values.items():
+            node.meta["val"] = value
+            self._stale.update(user for user in node.users if user not in values)
+        self._stale.difference_update(node for node in values if node.op == "get_attr")
+
     def refresh(self) -> None:
         """Propagate shapes from every changed node to all that depend on it."""
         if not self._stale:

@@ -2,10 +2,14 @@
 
 The size of every dimension after removal is the number of ids that survive there, so all shapes
 are known before anything is edited: first the operators' literal arguments are fixed, then the
-tensors are cut, then shapes are propagated once and compared with the prediction.
+tensors are cut, then nodes get the shapes so predicted. Only calls whose arguments changed are
+propagated, and compared with the prediction: the verifier, which runs after every pass, compares
+all nodes with what their operands give.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +22,7 @@ from pruna_ir.coupling.rule import Edit, Result, kept_counts
 from pruna_ir.coupling.table import rule_of
 from pruna_ir.coupling.value import Mask, Value, extent, product
 from pruna_ir.errors import InvalidIRError, UsageError
+from pruna_ir.propagate import resized_value
 from pruna_ir.transform import Rewrite
 
 
@@ -44,6 +49,7 @@ def remove(rw: Rewrite, coupling: Coupling, plan: RemovalPlan) -> None:
         if rule is not None and rule.resize is not None and _changes(node, values, alive):
             rule.resize(Edit(rw, node, bind_arguments(node), values, alive))
     _cut_tensors(rw, coupling, alive)
+    rw.state(_predicted(rw, values, alive))
     rw.refresh()
     _check_sizes(rw, values, alive)
 
@@ -132,6 +138,39 @@ def _cut(
     if isinstance(tensor, torch.nn.Parameter):
         return torch.nn.Parameter(result, requires_grad=tensor.requires_grad)
     return result
+
+
+def _predicted(
+    rw: Rewrite, values: Mapping[str, Result], alive: Mask
+) -> dict[fx.Node, torch.Tensor | Sequence[torch.Tensor]]:
+    """The nodes that shrink, with the values that follow from the surviving ids."""
+    gone = ~alive
+    found: dict[fx.Node, torch.Tensor | Sequence[torch.Tensor]] = {}
+    for node in rw.graph.nodes:
+        result, meta = values.get(node.name), node.meta.get("val")
+        if isinstance(result, Value) and isinstance(meta, torch.Tensor):
+            if (one := _shrunk(result, meta, alive, gone)) is not None:
+                found[node] = one
+        elif isinstance(result, tuple) and isinstance(meta, (tuple, list)):
+            parts = [_shrunk(*pair, alive, gone) for pair in zip(result, meta, strict=True)]
+            if any(part is not None for part in parts):
+                new = [m if p is None else p for p, m in zip(parts, meta, strict=True)]
+                found[node] = type(meta)(new)
+    return found
+
+
+def _shrunk(
+    value: Value, meta: torch.Tensor, alive: Mask, gone: Mask
+) -> torch.Tensor | None:
+    """The value of smaller size; None where it keeps its size."""
+    if not isinstance(meta, torch.Tensor) or not any(gone[b.ids].any() for b in value.blocks):
+        return None
+    sizes = list(meta.shape)
+    for dim in range(len(sizes)):
+        before, after = kept_counts(value, dim, alive)
+        if before != after:
+            sizes[dim] = sizes[dim] // before * after
+    return resized_value(meta, sizes)
 
 
 def _check_sizes(rw: Rewrite, values: dict[str, Result], alive: Mask) -> None:
