@@ -4,8 +4,8 @@
       -->
     unflatten(attention(flatten(q), flatten(k), flatten(v)))      with the heads in one dimension
 
-Attention over [batch, tokens, size] gets a head dimension of one. A mask that itself has batch
-or head dimensions is left alone, and ``torch.onnx`` then refuses the node by its name.
+Attention over [batch, tokens, size] gets a head dimension of one. A mask is merged alike; where
+its head dimensions are others than the query's, ``torch.onnx`` refuses the node by its name.
 
 A fused attention kernel returns its result in another memory layout than the operators that
 ``torch.onnx`` decomposes it into. Views behind it that were chosen for the one layout fail on the
@@ -14,6 +14,7 @@ other, so its result is made contiguous (an Identity in ONNX, which is optimised
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,15 +60,27 @@ def _fits(arguments: dict[str, Any]) -> bool:
         len(query) == 4
         or not query[1:-2] == key[1:-2] == value[1:-2]
         or any(not isinstance(size, int) for size in query[1:-2])
-        or (mask is not None and len(shape_of(mask) or ()) > 2)
+        or (mask is not None and not _mergeable(shape_of(mask) or (), query))
     )
+
+
+def _mergeable(mask: Sequence[Any], query: Sequence[Any]) -> bool:
+    """Whether a mask's head dimensions can be merged like the query's."""
+    if len(mask) <= 2:
+        return True
+    heads = tuple(mask[1:-2])
+    return len(mask) == len(query) and (heads == query[1:-2] or all(s == 1 for s in heads))
 
 
 def _merge_heads(rw: Rewrite, node: fx.Node, arguments: dict[str, Any]) -> None:
     heads = (shape_of(arguments["query"]) or ())[1:-2]
 
+    mask = arguments["attn_mask"]
+    names = ["query", "key", "value"]
+    names += ["attn_mask"] if mask is not None and len(shape_of(mask) or ()) > 2 else []
+
     def attention(**given: Any) -> Any:
-        for name in ("query", "key", "value"):
+        for name in names:
             given[name] = (
                 aten.unsqueeze.default(given[name], 1)
                 if not heads

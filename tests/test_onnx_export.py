@@ -210,11 +210,13 @@ def test_the_model_is_valid_onnx_of_the_asked_version() -> None:
     np.testing.assert_allclose(run(model, x)[0], expected(program, x), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("heads", [(), (3,), (3, 2)])
-def test_attention_of_any_rank_is_translated(heads):
+def test_attention_of_any_rank_is_translated(heads: tuple[int, ...], masked: bool) -> None:
     class Attention(torch.nn.Module):
-        def forward(self, x, y):
-            return torch.nn.functional.scaled_dot_product_attention(x, y, y * 2)
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            mask = x[..., :1] + y.transpose(-1, -2)[..., :1, :] if masked else None
+            return torch.nn.functional.scaled_dot_product_attention(x, y, y * 2, mask)
 
     x, y = (torch.randn(2, *heads, tokens, 4) for tokens in (5, 7))
     program = capture(Attention(), (x, y))
