@@ -2,6 +2,8 @@
 
     layer    every group loses the share, floor(share * units) of its weakest
     global   the weakest of all groups together go, floor(share * all units) of them
+    sensitivity  the same, by the measured error per cost of each place in a group's order
+             (`pruna_ir.passes.sensitivity`)
 
 What is asked never shrinks a group below ``min_channels``; under a global ranking or a budget no
 group loses more than the share ``max_ratio`` of itself, so that no layer collapses. What a group
@@ -30,7 +32,7 @@ from pruna_ir.errors import UsageError
 Scores = np.ndarray[Any, np.dtype[np.float64]]
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
-RANKINGS = ("layer", "global")
+RANKINGS = ("layer", "global", "sensitivity")
 TRANSFORMER_NAME = "transformer"
 BISECTIONS = 24
 

@@ -44,9 +44,9 @@ from pruna_ir.passes.linear_layers import Layer
 from pruna_ir.passes.scored_members import Candidates, Scores
 from pruna_ir.program import Program
 
-LEVELS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+LEVELS = (0.2, 0.4, 0.6, 0.8, 1.0)
 """The shares of a group that are tried; 1 stands for all but one."""
-SAMPLES = 256
+SAMPLES = 128
 """How many samples are run for each level."""
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
