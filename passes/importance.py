@@ -30,7 +30,7 @@ import numpy as np
 
 from pruna_ir.coupling import Coupling, Group
 from pruna_ir.errors import UsageError
-from pruna_ir.passes import criteria, criteria_activations, criteria_gradients
+from pruna_ir.passes import criteria, criteria_activations, criteria_gradients, elimination
 from pruna_ir.passes.consumers import unread
 from pruna_ir.passes.scored_members import Candidates, Parts, Scores
 from pruna_ir.program import Program
@@ -183,6 +183,15 @@ CRITERIA: Mapping[str, Criterion] = {
             "Hassibi & Stork, 1992; Kwon et al., 2022",
             1,
             criteria_activations.obs,
+            unread,
+        ),
+        Criterion(
+            "obs-greedy",
+            "activations",
+            "obs at each unit's turn, the cheapest first, all others refitted",
+            "Hassibi & Stork, 1992; Kurtic et al., NeurIPS 2023",
+            1,
+            elimination.obs_greedy,
             unread,
         ),
     )

@@ -150,8 +150,8 @@ class PruneChannels(Pass):
             raise self._bad("ranking=sensitivity measures the unpruned program; it takes steps=1")
         if self.ranking != "layer" and self.of == "channels" and self.ratio > self.max_ratio:
             raise self._bad(
-                f"a {self.ranking} ratio of {self.ratio} is more than max_ratio={self.max_ratio} allows "
-                "of every group; raise max_ratio"
+                f"a {self.ranking} ratio of {self.ratio} is more than max_ratio={self.max_ratio} "
+                "allows of every group; raise max_ratio"
             )
 
     def _bad(self, message: str) -> UsageError:
