@@ -10,7 +10,8 @@ redundant go first, by the lowest score of
                 equation (1)
     norm-ratio  ||y - x|| / ||x||, both norms over all positions and features
     magnitude   the mean of |w| over the branch's weights (two or more dimensions); no data. After
-                the magnitude baseline of Kim et al., Shortened LLaMA, 2024
+                the magnitude baseline of Kim et al., Shortened LLaMA, 2024, which the paper and
+                our own trials find to be weak
     random      a number from the run's seed
 
 x is what enters the block (or the first block of a layer), y the sum that leaves it (the last).
@@ -45,6 +46,11 @@ from pruna_ir.registry import unknown
 from pruna_ir.transform import Effect, Pass, Rewrite
 
 aten = torch.ops.aten
+
+_WEAK = (
+    "the size of weights says little of redundancy and can choose worse than chance; influence "
+    "asks for a few samples of data only"
+)
 
 Criterion = Literal["influence", "norm-ratio", "magnitude", "random"]
 Unit = Literal["block", "layer"]
@@ -118,6 +124,8 @@ class RemoveBlocks(Pass):
         if not free:
             return
         scores = self._scores(rw, free)
+        if self.criterion == "magnitude":
+            rw.note(free[0][-1].add, _WEAK)
         order = sorted(range(len(free)), key=lambda i: scores[i])
         chosen = sorted(order[:wanted])
         for i, layer in enumerate(free):
