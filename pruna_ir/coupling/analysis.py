@@ -218,11 +218,17 @@ def _freeze_outputs(program: Program, values: Mapping[fx.Node, Result], links: L
                 links.freeze(block.ids, reason)
 
 
+_TYPE_CHECK = torch.ops.aten._assert_tensor_metadata.default
+"""What ``torch.export`` puts before casts."""
+
+
 def _freeze_read_sizes(node: fx.Node, values: dict[fx.Node, Result], links: Links) -> None:
     """A size that the graph reads must stay what it is."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return
     site = Site.of(node, values, links)
+    if node.target is _TYPE_CHECK and site.arg("size") is None and site.arg("stride") is None:
+        return
     for value in site.operands():
         dims = [site.axis("dim", len(value.dims))] if "dim" in site.arguments else range(
             len(value.dims)
