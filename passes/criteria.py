@@ -39,6 +39,7 @@ from pruna_ir.passes.scored_members import (
     per_index,
     per_unit,
     producers,
+    squares_per_index,
     unit_rows,
 )
 
@@ -70,7 +71,7 @@ def l2(candidates: Candidates) -> list[Parts]:
         [
             np.sqrt(
                 per_unit(
-                    per_index(_weight(candidates, member.tensor).double().square(), member.dim),
+                    squares_per_index(_weight(candidates, member.tensor), member.dim),
                     member,
                 )
             )

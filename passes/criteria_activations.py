@@ -23,7 +23,9 @@ OBS of a convolution takes its kernel's taps for uncorrelated with one second mo
 channels, at all places of the input, and the costs of the taps add up. A grouped convolution's H
 is that of each group alone. The damping is `DAMPING` times the mean of H's diagonal (Frantar &
 Alistarh, SparseGPT, ICML 2023). A consumer with more than `LARGEST` inputs gets H's diagonal
-alone, sum over c in S of H_cc |W_c|_2^2, so that memory stays bounded.
+alone, sum over c in S of H_cc |W_c|_2^2, so that memory stays bounded: all second moments are kept
+until the data is through. activation-zeros tells units apart only where values are exactly zero,
+as after ReLU.
 """
 
 from __future__ import annotations
@@ -69,7 +71,17 @@ def activation_zeros(candidates: Candidates) -> list[Parts]:
 
 def wanda(candidates: Candidates) -> list[Parts]:
     """Magnitudes of a consumer's columns times the norm of what they read."""
-    return _scored(candidates, ("square",), _wanda)
+    known: dict[Consumer, Scores] = {}
+
+    def score(candidates: Candidates, reading: Reading, seen: Evidence) -> Scores:
+        consumer = reading.consumer
+        if consumer not in known:
+            sizes = consumer.columns(candidates.program).abs().sum(1, dtype=torch.float64)
+            norms = seen[f"{consumer.key}/square"].sqrt()
+            known[consumer] = np.asarray((sizes * norms).cpu().numpy())
+        return reading.per_unit(known[consumer])
+
+    return _scored(candidates, ("square",), score)
 
 
 def obs(candidates: Candidates) -> list[Parts]:
@@ -108,13 +120,6 @@ def _mean(reading: Reading, seen: Evidence, statistic: str) -> Scores:
     return np.asarray(sums / (reading.table.shape[1] * max(int(seen[f"{key}/count"]), 1)))
 
 
-def _wanda(candidates: Candidates, reading: Reading, seen: Evidence) -> Scores:
-    columns = reading.consumer.columns(candidates.program)
-    sizes = columns.double().abs().sum(1).cpu().numpy()
-    norms = np.sqrt(seen[f"{reading.consumer.key}/square"].cpu().numpy())
-    return reading.per_unit(sizes * norms)
-
-
 # -- Optimal Brain Surgeon -----------------------------------------------------------------------
 
 
@@ -133,13 +138,19 @@ def _by_consumer(
             order.setdefault(key, []).append((number, place))
     parts: list[Parts] = [[np.zeros(0)] * len(each) for each in found]
     for places in order.values():
-        number, place = places[0]
-        inverse = inverse_moment(found[number][place].consumer, seen)
-        for number, place in places:
-            reading = found[number][place]
-            columns = reading.consumer.columns(candidates.program)
-            parts[number][place] = removal_cost(columns, inverse, reading.table)
+        costs = _costs(candidates, [found[number][place] for number, place in places], seen)
+        for (number, place), cost in zip(places, costs, strict=True):
+            parts[number][place] = cost
     return parts
+
+
+def _costs(candidates: Candidates, found: list[Reading], seen: Evidence) -> list[Scores]:
+    """The costs of what consumers of one input read."""
+    inverse = inverse_moment(found[0].consumer, seen)
+    columns = {r.consumer: r.consumer.columns(candidates.program) for r in found}
+    if all(reading.table.shape[1] == 1 for reading in found) and inverse.dim() == 2:
+        inverse = inverse.diagonal()
+    return [removal_cost(columns[r.consumer], inverse, r.table) for r in found]
 
 
 def inverse_moment(consumer: Consumer, seen: Evidence) -> torch.Tensor:
@@ -167,7 +178,8 @@ def removal_cost(columns: torch.Tensor, inverse: torch.Tensor, table: Ids) -> Sc
 
     Args:
         columns: [channels, entries], the transposed weight.
-        inverse: the inverse of H, [channels, channels], or its diagonal [channels].
+        inverse: the inverse of H, [channels, channels], or its diagonal [channels], which is all
+            that single columns need.
         table: [units, channels per unit].
 
     >>> weight = torch.tensor([[1.0], [2.0]])
@@ -176,13 +188,15 @@ def removal_cost(columns: torch.Tensor, inverse: torch.Tensor, table: Ids) -> Sc
     """
     index = torch.from_numpy(table).to(columns.device)
     if inverse.dim() == 1:
-        energy = columns.double().square().sum(1) / inverse
-        return np.asarray(energy[index].sum(1).cpu().numpy())
+        norms = torch.linalg.vector_norm(columns[index], 2, -1, dtype=torch.float64)
+        return np.asarray((norms.square() / inverse[index]).sum(1).cpu().numpy())
     at_once = max(1, _CHUNK // max(columns.shape[1] * table.shape[1], 1))
-    return np.concatenate([_costs(columns, inverse, part) for part in torch.split(index, at_once)])
+    return np.concatenate(
+        [_block_costs(columns, inverse, part) for part in torch.split(index, at_once)]
+    )
 
 
-def _costs(columns: torch.Tensor, inverse: torch.Tensor, index: torch.Tensor) -> Scores:
+def _block_costs(columns: torch.Tensor, inverse: torch.Tensor, index: torch.Tensor) -> Scores:
     blocks = inverse[index[:, :, None], index[:, None, :]]  # [units, k, k]
     chosen = columns[index].double()  # [units, k, entries]
     energy = chosen @ chosen.transpose(1, 2)

@@ -26,8 +26,8 @@ without its constant factor; one step of plain SGD a batch at `MOVEMENT_RATE`, f
 
 Members: taylor sees the inputs of consumers (`consumers`), each once; the others see all trainable
 members of a group: weights that produce and that read the channels, biases, and scales and shifts
-of norms, each tensor once. taylor, fisher and gauss-newton run sample by sample where the batch is dynamic, and
-run by run where the program fixes it.
+of norms, each tensor once. taylor, fisher and gauss-newton run sample by sample where the batch is
+dynamic, and run by run where the program fixes it.
 
 All but movement accumulate exactly over batches and ranks. movement depends on the batches, since
 each is a step; ranks take their steps together on averaged gradients, as many as the rank with
@@ -57,6 +57,7 @@ from pruna_ir.passes.scored_members import (
     parameters,
     per_index,
     per_unit,
+    squares_per_index,
 )
 from pruna_ir.training import trainable
 
@@ -133,9 +134,9 @@ def _curvature(candidates: Candidates, *, sampled: bool) -> list[Parts]:
         logits = module(*batch.inputs)[0]
         loss = _loss(candidates, batch, logits, sampled=sampled)
         for name, (weight, slope) in _slopes(module, names, loss).items():
-            saliency = (weight.double() * slope.double()).square()
+            saliency = weight * slope
             for dim in names[name]:
-                evidence.add(f"{name}[{dim}]", per_index(saliency, dim))
+                evidence.add(f"{name}[{dim}]", squares_per_index(saliency, dim))
         evidence.add("samples", torch.tensor(1))
     evidence.over_ranks()
     share = 0.5 / int(evidence["samples"])

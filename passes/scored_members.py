@@ -83,6 +83,20 @@ def per_index(entries: torch.Tensor, dim: int) -> torch.Tensor:
     return entries.sum(others, dtype=torch.float64) if others else entries.double()
 
 
+def squares_per_index(entries: torch.Tensor, dim: int) -> torch.Tensor:
+    """The sum of squared entries at each index of one dimension, [size] in float64.
+
+    >>> squares_per_index(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 0)
+    tensor([ 5., 25.], dtype=torch.float64)
+    """
+    others = [k for k in range(entries.dim()) if k != dim]
+    if not others:
+        return entries.double().square()
+    # The norm squares in float64 as it reads, without a copy of the entries.
+    norms: torch.Tensor = torch.linalg.vector_norm(entries, 2, others, dtype=torch.float64)
+    return norms.square()
+
+
 def per_unit(each: torch.Tensor, member: Member) -> Scores:
     """The sum over each unit's indices of one number an index, [units] in float64.
 
