@@ -7,7 +7,7 @@
 
 FOLDER holds a ``load.py`` with ``cifar10(part)``, ``normalise(images)`` and
 ``cifar_resnet(depth)`` (a trained CIFAR-10 ResNet-56 here). Calibration: 512 images of the
-training part ``train_1``, drawn by the seed; the same images and labels go to both tools. Accuracy:
+training part ``train_1``, drawn by the seed; both tools get the same images and labels. Accuracy:
 the test part, or with ``--split train_5`` images that neither calibration nor test holds: that is
 where settings are to be chosen.
 
