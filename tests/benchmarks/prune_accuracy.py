@@ -11,9 +11,9 @@ training part ``train_1``, drawn by the seed; both tools get the same images and
 the test part, or with ``--split train_5`` images that neither calibration nor test holds: that is
 where settings are to be chosen.
 
-Ours: every criterion under a global ranking, with and without least squares; then the orders of
-``--best`` under ``ranking=sensitivity`` with every compensation. Inner channels of the blocks only
-(``kinds=conv``). At least the target is removed. Theirs: every importance, global and local, over
+Ours: every criterion under a global ranking of the blocks' inner channels, with and without least
+squares; then the orders of ``--best`` under ``ranking=sensitivity``, over the inner channels and
+over all, with every compensation. At least the target is removed. Theirs: every importance, global and local, over
 all layers and over the inner channels alone; of all ratios the one whose FLOPs are nearest to the
 target, above or below. FLOPs count convolutions and linear layers, for both.
 
@@ -44,7 +44,7 @@ from torch import nn
 from pruna_ir.capture import capture
 from pruna_ir.cost import cost
 from pruna_ir.coupling import Coupling, couple, remove
-from pruna_ir.coupling.kinds import CONV, kinds_of
+from pruna_ir.coupling.kinds import kinds_of
 from pruna_ir.data import TensorData
 from pruna_ir.errors import PrunaError
 from pruna_ir.passes.budgets import Counted
@@ -93,7 +93,7 @@ class Row:
 
     def __str__(self) -> str:
         return (
-            f"{self.tool:<7} {self.method:<58} {self.target:>3}%  removed {self.removed:5.1f}%  "
+            f"{self.tool:<7} {self.method:<66} {self.target:>3}%  removed {self.removed:5.1f}%  "
             f"top-1 {self.accuracy:6.2f}%  ({self.images} images)"
         )
 
@@ -153,17 +153,28 @@ class Ours:
         self._bench, self._program = bench, bench.program
         self._coupling: Coupling = couple(self._program)
         kinds = kinds_of(self._program, self._coupling)
-        self._candidates = [
+        every = [
             Candidate(group, kind)
             for group, kind in zip(self._coupling.groups, kinds, strict=True)
-            if group.reason is None and kind == CONV
+            if group.reason is None
         ]
+        # Several layers write into a residual stream, one into a block's inner channels.
+        self._candidates = {
+            "all channels": every,
+            "inner channels": [c for c in every if len(self._weights(c)) == 1],
+        }
         self._counted = Counted(self._program, self._coupling, "flops")
 
+    def _weights(self, candidate: Candidate) -> list[str]:
+        """The weights that produce a candidate's channels."""
+        produced = [m.tensor for m in candidate.group.members if m.produced]
+        return [name for name in produced if self._program.tensor(name).dim() > 1]
+
     @cache  # noqa: B019
-    def selector(self, criterion: str, ranking: str) -> Selector:
+    def selector(self, criterion: str, ranking: str, channels: str) -> Selector:
         """What goes for every share, as prune-channels selects it."""
-        groups = [candidate.group for candidate in self._candidates]
+        candidates = self._candidates[channels]
+        groups = [candidate.group for candidate in candidates]
         # Norms compare channels of one group only; errors and losses compare all.
         normalise = "mean" if CRITERIA[criterion].power == 2 or criterion == "random" else "none"
         scored = scores(
@@ -177,12 +188,13 @@ class Ours:
                 self._counted.removed, lambda gone: without(rw, self._coupling, gone),
             )  # fmt: skip
         limits = Limits(ranking, max_ratio=1.0)
-        return Selector(self._coupling, self._candidates, scored, limits, capped=True)
+        return Selector(self._coupling, candidates, scored, limits, capped=True)
 
-    def pruned(self, criterion: str, ranking: str, target: int) -> Program:
+    def pruned(self, criterion: str, ranking: str, channels: str, target: int) -> Program:
         """The program without a share of its FLOPs, and its origin."""
         nothing = np.zeros(len(self._coupling.solved.frozen), np.bool_)
-        gone = self._counted.reach(self.selector(criterion, ranking), target / 100, nothing)
+        selector = self.selector(criterion, ranking, channels)
+        gone = self._counted.reach(selector, target / 100, nothing)
         plan = self._coupling.plan(np.flatnonzero(gone))
         rw = Rewrite(self._program, "prune", self._bench.context)
         remove(rw, self._coupling, plan)
@@ -193,16 +205,21 @@ class Ours:
 def ours(bench: Bench, arguments: argparse.Namespace) -> Iterator[tuple[str, int, Program]]:
     """Every setting of ours at every target."""
     selections = Ours(bench)
-    settings = [(c, "global", ("none", "least squares")) for c in arguments.criteria]
-    settings += [(c, "sensitivity", tuple(arguments.compensations)) for c in arguments.best]
-    for criterion, ranking, names in settings:
+    simple = ("none", "least squares")
+    settings = [(c, "global", "inner channels", simple) for c in arguments.criteria]
+    settings += [
+        (criterion, "sensitivity", channels, tuple(arguments.compensations))
+        for criterion in arguments.best
+        for channels in ("inner channels", "all channels")
+    ]
+    for criterion, ranking, channels, names in settings:
         for target in arguments.targets:
-            small = selections.pruned(criterion, ranking, target)
+            small = selections.pruned(criterion, ranking, channels, target)
             for name in names:
                 program = small
                 for pass_ in COMPENSATIONS[name]:
                     program = apply(pass_, program, bench.context).program
-                yield f"{criterion}, {ranking}, {name}", target, program
+                yield f"{criterion}, {ranking}, {channels}, {name}", target, program
 
 
 # -- theirs --------------------------------------------------------------------------------------
