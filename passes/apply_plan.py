@@ -5,6 +5,9 @@ A plan is what ``prune-channels{save_plan=...}`` wrote, or any JSON in the form 
 removed: the tensors that it names must have the shapes that it was made for, every channel must go
 with all that is coupled to it, and nothing may go that must stay.
 
+A plan takes whole heads, query heads or the size of heads, in all of the program alike; plans of
+several kinds are applied one after another.
+
 With ``complete`` the plan may name a channel anywhere, in one tensor: all that is coupled to it
 goes too. Taking a channel out of such a plan means taking it out of every tensor that names it.
 
@@ -19,12 +22,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from pruna_ir.coupling import Coupling, RemovalPlan, couple, remove
+from pruna_ir.coupling import ATTENTION, Coupling, RemovalPlan, couple, remove
 from pruna_ir.coupling.removal import removed_units
 from pruna_ir.errors import UsageError
 from pruna_ir.masked_reference import MaskedOracle
 from pruna_ir.passes.removal_plans import origin_of, read, shapes_of
 from pruna_ir.passes.selection import Mask
+from pruna_ir.program import Program
 from pruna_ir.transform import Effect, Pass, Rewrite
 
 
@@ -64,7 +68,7 @@ class ApplyPlan(Pass):
         try:
             plan = self._plan()
             plan.check(shapes_of(rw.program))
-            coupling = couple(rw.program)
+            coupling = couple(rw.program) if self.complete else _coupled(rw.program, plan)
             if self.complete:
                 plan = coupling.plan(_units(coupling, plan))
             if not plan:
@@ -81,6 +85,23 @@ class ApplyPlan(Pass):
         if self.plan.lstrip().startswith("{"):
             return RemovalPlan.from_json(self.plan)
         return read(Path(self.plan))
+
+
+def _coupled(program: Program, plan: RemovalPlan) -> Coupling:
+    """The analysis at the granularity of attention at which the plan takes whole units.
+
+    Where it does so at none, the first, which then tells what must go together.
+    """
+    couplings = (couple(program, attention) for attention in ATTENTION)
+    return next((c for c in couplings if _takes_whole_units(c, plan)), couple(program))
+
+
+def _takes_whole_units(coupling: Coupling, plan: RemovalPlan) -> bool:
+    try:
+        removed_units(coupling, plan)
+    except UsageError:
+        return False
+    return True
 
 
 def _tell(rw: Rewrite, coupling: Coupling, gone: Mask) -> None:

@@ -28,7 +28,7 @@ from typing import ClassVar
 import numpy as np
 from torch import fx
 
-from pruna_ir.coupling import Coupling, Group, couple, remove
+from pruna_ir.coupling import ATTENTION, Coupling, Group, couple, remove
 from pruna_ir.coupling.kinds import HEADS, KINDS, kinds_of
 from pruna_ir.errors import UsageError
 from pruna_ir.masked_reference import MaskedOracle
@@ -81,6 +81,9 @@ class PruneChannels(Pass):
             that matches holds. Kinds: conv, heads, head-size, ffn, width, other, and
             ``transformer`` for heads, head-size, ffn and width.
         kinds: the kinds of groups that lose channels; all where empty.
+        attention: what attention loses: whole ``heads`` (of grouped queries: whole groups),
+            ``queries`` (query heads alone, as many of every group), or ``size`` (the same indices
+            of the size of every head).
         exclude: globs of tensor names or module paths whose channels stay.
         steps: rounds of scoring and removing until the share is gone.
         min_channels: how many channels every group keeps at least.
@@ -111,6 +114,7 @@ class PruneChannels(Pass):
     ranking: str = "layer"
     ratios: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
+    attention: str = "heads"
     exclude: tuple[str, ...] = ()
     steps: int = 1
     min_channels: int = 1
@@ -129,7 +133,7 @@ class PruneChannels(Pass):
     def _check_names(self) -> None:
         known = {
             "of": OF, "criterion": CRITERIA, "aggregate": AGGREGATIONS,
-            "normalise": NORMALISATIONS, "ranking": RANKINGS,
+            "normalise": NORMALISATIONS, "ranking": RANKINGS, "attention": ATTENTION,
         }  # fmt: skip
         for option, names in known.items():
             if getattr(self, option) not in names:
@@ -164,7 +168,7 @@ class PruneChannels(Pass):
 
     def rewrite(self, rw: Rewrite) -> None:
         """Analyse, rank, select, remove, promise."""
-        coupling = couple(rw.program)
+        coupling = couple(rw.program, self.attention)
         readers = _readers(rw.program.graph)
         candidates = self._candidates(rw, coupling, readers)
         gone = self._selected(rw, coupling, candidates)
@@ -266,7 +270,7 @@ class PruneChannels(Pass):
         if not gone.any():
             return self._scored(rw, rw.program, coupling, groups)
         smaller = without(rw, coupling, gone)
-        again = couple(smaller)
+        again = couple(smaller, self.attention)
         groups_left = [
             group
             for group in again.groups

@@ -8,7 +8,7 @@
 """
 
 from pruna_ir.coupling.analysis import Coupling, Group, Member, couple
-from pruna_ir.coupling.links import Reason
+from pruna_ir.coupling.links import ATTENTION, Reason
 from pruna_ir.coupling.plan import RemovalPlan
 from pruna_ir.coupling.removal import remove
 from pruna_ir.coupling.rule import Edit, Rule, Site
@@ -16,6 +16,7 @@ from pruna_ir.coupling.rules_elementwise import ELEMENTWISE, UNARY
 from pruna_ir.coupling.value import Block, Factor, Value
 
 __all__ = [
+    "ATTENTION",
     "ELEMENTWISE",
     "UNARY",
     "Block",

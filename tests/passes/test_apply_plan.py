@@ -153,3 +153,31 @@ def test_on_the_command_line(tmp_path):
     kept = [k for k in range(6) if k not in data["removed"]["0.weight"]["0"]]
     assert spared in kept
     assert torch.equal(small[1].tensor("0.weight"), layers().tensor("0.weight")[kept])
+
+
+class Attention(nn.Module):
+    """Self-attention with 2 heads of 4."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(5, 24), nn.Linear(8, 3)
+
+    def forward(self, x):
+        n, s, _ = x.shape
+        q, k, v = self.qkv(x).view(n, s, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).reshape(n, s, 8))
+
+
+@pytest.mark.parametrize(("attention", "heads"), [("heads", 1), ("size", 2)])
+def test_a_plan_is_applied_at_its_own_granularity_of_attention(tmp_path, attention, heads):
+    torch.manual_seed(0)
+    program = apply(Canonicalize(), capture(Attention(), (torch.randn(2, 7, 5),))).program
+    file = tmp_path / "plan.json"
+    first = apply(PruneChannels(attention=attention, save_plan=str(file)), program)
+    second = apply(ApplyPlan(str(file)), program)
+    assert second.program.hash() == first.program.hash()
+    assert shapes(second.program)["qkv.weight"] == [12, 5]
+    heads_touched = {index % 8 // 4 for index in second.program.origin.removed["qkv.weight"][0]}
+    assert len(heads_touched) == heads
+    assert check(PruneChannels(), program, second.program, second.oracle).passed
