@@ -1,6 +1,7 @@
 """Reproducers: a folder that holds a failure, and the command that repeats it.
 
     program.pt2        the program before the culprit
+    origin.pt2         what that was pruned from (only where it knows)
     reproducer.json    the pass as text, its scopes, seed, target, message, versions
     data.npz           the calibration or check data that the pass saw (only where there was some)
 
@@ -11,8 +12,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,13 @@ from pruna_ir.errors import CaptureError, PrunaError
 from pruna_ir.instruments import Watch
 from pruna_ir.lowering import whole_folder, write_json
 from pruna_ir.pipeline import Failure, Pipeline, PipelineResult
-from pruna_ir.program import Program
+from pruna_ir.program import Origin, Program
 from pruna_ir.serialize import load_program, save_program
 from pruna_ir.spec import PassSpec, ScopeSpec, pass_spec, print_pipeline
 from pruna_ir.transform import Context
 
 PROGRAM = "program.pt2"
+ORIGIN = "origin.pt2"
 RECORD = "reproducer.json"
 DATA = "data.npz"
 DATA_LIMIT = 256 * 2**20  # bytes
@@ -45,6 +47,7 @@ class Record:
     error: str
     message: str
     versions: Mapping[str, str]
+    removed: Mapping[str, Mapping[str, Sequence[int]]] | None = None
     format: int = 1
 
 
@@ -86,7 +89,7 @@ def write_reproducer(failure: Failure, folder: Path) -> None:
     item: PassSpec | ScopeSpec = pass_spec(failure.pass_)
     for glob in reversed(failure.scopes):
         item = ScopeSpec("submodule", glob, (item,))
-    context = failure.context
+    context, origin = failure.context, failure.before.origin
     first = next(iter(context.data), None) if context.data is not None else None
     record = Record(
         pipeline=print_pipeline((item,)),
@@ -100,12 +103,32 @@ def write_reproducer(failure: Failure, folder: Path) -> None:
             "torch": torch.__version__,
             "numpy": np.__version__,
         },
+        removed=None if origin is None else _as_json(origin),
     )
     with whole_folder(folder) as partial:
         save_program(failure.before, partial / PROGRAM)
+        if origin is not None:
+            save_program(origin.program, partial / ORIGIN)
         if context.data is not None:
             _save_data(context.data, failure.before, partial / DATA)
         write_json(partial / RECORD, asdict(record))
+
+
+def _as_json(origin: Origin) -> dict[str, dict[str, list[int]]]:
+    return {
+        name: {str(dim): [int(index) for index in indices] for dim, indices in dims.items()}
+        for name, dims in origin.removed.items()
+    }
+
+
+def _with_origin(program: Program, folder: Path, record: Record) -> Program:
+    if record.removed is None:
+        return program
+    removed = {
+        name: {int(dim): tuple(indices) for dim, indices in dims.items()}
+        for name, dims in record.removed.items()
+    }
+    return replace(program, origin=Origin(load_program(folder / ORIGIN), removed))
 
 
 def _save_data(data: DataSource, program: Program, path: Path) -> None:
@@ -136,7 +159,7 @@ def replay(folder: Path) -> Outcome:
         record = Record(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise CaptureError(f"{folder} holds no reproducer: {error}") from error
-    program = load_program(folder / PROGRAM)
+    program = _with_origin(load_program(folder / PROGRAM), folder, record)
     names = tuple(spec.name for spec in program.inputs)
     file = folder / DATA
     data = load_data(file, names, record.batch_size) if file.exists() else None

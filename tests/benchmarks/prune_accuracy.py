@@ -13,9 +13,9 @@ where settings are to be chosen.
 
 Ours: every criterion under a global ranking of the blocks' inner channels, with and without least
 squares; then the orders of ``--best`` under ``ranking=sensitivity``, over the inner channels and
-over all, with every compensation. At least the target is removed. Theirs: every importance, global and local, over
-all layers and over the inner channels alone; of all ratios the one whose FLOPs are nearest to the
-target, above or below. FLOPs count convolutions and linear layers, for both.
+over all, with every compensation. At least the target is removed. Theirs: every importance, global
+and local, over all layers and over the inner channels alone; of all ratios the one whose FLOPs are
+nearest to the target, above or below. FLOPs count convolutions and linear layers, for both.
 
 ``--screen N`` runs every row on the first N images and then, at each target, the best of theirs
 and of ours (``--finalists``, 2 each) on all images.

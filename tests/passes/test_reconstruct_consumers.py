@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,11 +14,13 @@ from torch import nn
 
 from pruna_ir import capture
 from pruna_ir.data import TensorData
-from pruna_ir.errors import PassError, UsageError
+from pruna_ir.errors import PassError, UsageError, VerificationError
 from pruna_ir.passes.fold_removed_means import FoldRemovedMeans
 from pruna_ir.passes.reconstruct_consumers import ReconstructConsumers
 from pruna_ir.passes.reestimate_batch_norm import ReestimateBatchNorm
-from pruna_ir.transform import Context, apply
+from pruna_ir.pipeline import Pipeline
+from pruna_ir.reproducer import WriteReproducer, replay
+from pruna_ir.transform import Context, Rewrite, apply
 from tests.passes.compensation import (
     SPOILT,
     Layers,
@@ -241,3 +247,32 @@ def test_it_needs_data_and_an_origin():
         apply(ReconstructConsumers(), cut(program, one__weight=(1,)), Context())
     with pytest.raises(PassError, match="right after prune-channels"):
         apply(ReconstructConsumers(), program, context(3))
+
+
+@dataclass(frozen=True)
+class Careless(ReconstructConsumers):
+    """A planted bug: it also halves a layer that lost nothing."""
+
+    name: ClassVar[str] = "careless"
+
+    def rewrite(self, rw: Rewrite) -> None:
+        super().rewrite(rw)
+        rw.set_tensor("one.weight", rw.program.tensor("one.weight").detach() / 2)
+
+
+def test_a_failure_is_recorded_with_what_the_program_was_pruned_from(tmp_path):
+    small, where = cut(program_of(Mlp, 3), two__weight=(1, 4)), context(3)
+    pipeline = Pipeline((Careless(),))
+    with pytest.raises(VerificationError, match=r"must stay: one\.weight"):
+        pipeline.run(small, where, instruments=[WriteReproducer(tmp_path / "found")])
+    record = json.loads((tmp_path / "found" / "reproducer.json").read_text())
+    assert record["removed"] == {
+        name: {str(dim): list(indices) for dim, indices in dims.items()}
+        for name, dims in small.origin.removed.items()
+    }
+    record["pipeline"] = "reconstruct-consumers"
+    (tmp_path / "found" / "reproducer.json").write_text(json.dumps(record))
+    outcome = replay(tmp_path / "found")
+    assert outcome.error is None
+    again = kept_promise(ReconstructConsumers(), small, where).program
+    assert torch.equal(outcome.result.program.tensor("three.weight"), again.tensor("three.weight"))
