@@ -20,6 +20,7 @@ Limits: scales and zero points must be constants; grids of more than 8 bits stay
 from __future__ import annotations
 
 import logging
+import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -131,6 +132,8 @@ def _settings(options: LoadOptions) -> dict[str, Any]:
     settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
     if options.threads:
         settings["INFERENCE_NUM_THREADS"] = options.threads
+    if options.profile:
+        settings["PERF_COUNT"] = "YES"
     if options.strict_precision:
         # The second: never quantise the activations of a weight-only model behind our back.
         settings["INFERENCE_PRECISION_HINT"] = "f32"
@@ -169,6 +172,16 @@ class OpenvinoRunner:
         self._request.infer(dict(enumerate(inputs)), share_inputs=True)
         count = len(self._compiled.outputs)
         return [np.array(self._request.get_output_tensor(i).data) for i in range(count)]
+
+    def layer_times(self, inputs: Sequence[np.ndarray[Any, Any]], runs: int) -> dict[str, float]:
+        """Milliseconds of every layer by its name; it takes `LoadOptions.profile`."""
+        times: dict[str, list[float]] = {}
+        for _ in range(runs):
+            self.run(inputs)
+            for info in self._request.profiling_info:
+                spent = info.real_time.total_seconds() * 1e3
+                times.setdefault(info.node_name, []).append(spent)
+        return {name: statistics.median(taken) for name, taken in times.items()}
 
     def audit(self) -> list[KernelRow]:
         """What OpenVINO's runtime model says of every layer that computes."""

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from torch import fx
@@ -110,6 +110,15 @@ class Runner(Protocol):
         ...
 
 
+@runtime_checkable
+class ProfiledRunner(Runner, Protocol):
+    """A runner that was loaded to time its layers, where its runtime has a profiler."""
+
+    def layer_times(self, inputs: Sequence[np.ndarray[Any, Any]], runs: int) -> dict[str, float]:
+        """Milliseconds of every layer, the median over some runs, by the runtime's name of it."""
+        ...
+
+
 @dataclass(frozen=True)
 class LoadOptions:
     """How an artifact is loaded to run.
@@ -117,10 +126,12 @@ class LoadOptions:
     Attributes:
         threads: number of threads; 0 leaves it to the runtime.
         strict_precision: run float32 as float32 (OpenVINO may use bfloat16 otherwise).
+        profile: time every layer; a runner that can do so is a `ProfiledRunner`.
     """
 
     threads: int = 0
     strict_precision: bool = True
+    profile: bool = False
 
 
 class Backend(Protocol):
