@@ -199,10 +199,10 @@ _PLACED = (
     "slice_scatter select_scatter diagonal_scatter masked_scatter scatter index_put index_copy"
 )
 _ELEMENTWISE = (
-    "hardswish dropout alpha_dropout feature_dropout native_dropout clone contiguous alias detach "
-    "lift_fresh lift_fresh_copy __and__ __or__ __xor__ bitwise_not where masked_fill zeros_like "
-    "ones_like full_like empty_like rand_like randn_like nan_to_num hardsigmoid log_sigmoid real "
-    "imag complex polar _weight_norm fake_quantize_per_tensor_affine"
+    "hardswish dropout alpha_dropout feature_dropout feature_alpha_dropout native_dropout clone "
+    "contiguous alias detach lift_fresh lift_fresh_copy __and__ __or__ __xor__ bitwise_not where "
+    "masked_fill zeros_like ones_like full_like empty_like rand_like randn_like nan_to_num "
+    "hardsigmoid log_sigmoid real imag complex polar _weight_norm fake_quantize_per_tensor_affine"
 )
 _FIRST = "to _to_copy type_as fill"
 _CREATED = "new_zeros new_ones new_full new_empty"

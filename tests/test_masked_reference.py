@@ -10,7 +10,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from pruna_ir import capture, masked_operators, masked_reference
+from pruna_ir import (
+    capture,
+    masked_layers,
+    masked_layout,
+    masked_operators,
+    masked_reference,
+    masked_statistics,
+    masked_table,
+)
 from pruna_ir.equivalence import run_float64
 from pruna_ir.errors import UnsupportedError
 from pruna_ir.masked_operators import Masked, masked
@@ -112,6 +120,49 @@ STATISTICS = {
     "softmax": lambda y: (torch.softmax(y, -1) * y).sum(-1),
     "new": lambda y: (y + y.new_ones(3, 1)).sum(-1),
     "rms": lambda y: (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True))).sum(-1),
+    "normalised": lambda y: F.normalize(y, dim=-1).sum(-1),
+    "var and mean": lambda y: torch.add(*torch.var_mean(y, -1)),
+    "std and mean": lambda y: torch.add(*torch.std_mean(y, -1, unbiased=False)),
+    "max": lambda y: y.max().reshape(1),
+    "min": lambda y: (-y).min().reshape(1),
+    "logsumexp": lambda y: y.logsumexp(-1),
+    "log-softmax": lambda y: y.log_softmax(-1).sum(-1),
+    "prod": lambda y: y.prod(-1),
+    "any": lambda y: (y > 1).any(-1).double(),
+    "all": lambda y: (y > -1).all(-1).double(),
+    "cumsum": lambda y: y.cumsum(-1).square().sum(-1),
+    "cumprod": lambda y: y.cumprod(-1).sum(-1),
+    "logcumsumexp": lambda y: y.logcumsumexp(-1).sum(-1),
+    "layer norm": lambda y: F.layer_norm(y, y.shape[-1:]).square().mul(y).sum(-1),
+    "native layer norm": lambda y: torch.native_layer_norm(y, y.shape[-1:], None, None, 1e-5)[2],
+    "group norm": lambda y: F.group_norm(y, 1).mul(y).sum(-1),
+    "instance norm": lambda y: F.instance_norm(y.unsqueeze(1)).mul(y.unsqueeze(1)).sum((1, 2)),
+    "batch statistics": lambda y: F.batch_norm(y, None, None, training=True).mul(y).sum(-1),
+    "weight norm": lambda y: torch._weight_norm(y, torch.ones(3, 1).to(y), 0).sum(-1),
+    "einsum": lambda y: torch.einsum("ni,nj->n", y, y.square()),
+    "einsum of rows": lambda y: torch.einsum("ni,mi", y, y),
+    "einsum with dots": lambda y: torch.einsum("...i,...i->...", y.unsqueeze(1), y.unsqueeze(1)),
+    "distances": lambda y: torch.cdist(y, y.flip(0)),
+    "dot": lambda y: torch.dot(y[0], y[1]).reshape(1),
+    "mv": lambda y: torch.mv(y, y[0]),
+    "flipped": lambda y: (y * torch.arange(3.0).to(y)[:, None]).flip(-1).flip(-1).sum(-1),
+    "rolled": lambda y: y.roll(1, 0).sum(-1),
+    "unfolded": lambda y: F.unfold(y[:, :, None, None].expand(-1, -1, 3, 3), 2).sum(1),
+    "folded": lambda y: F.fold(y.repeat_interleave(4, 1).unsqueeze(-1), (2, 2), 2).sum((1, 2, 3)),
+    "padded": lambda y: F.pad(y[:, :, None], (1, 2), value=2.0).prod(-1).add(y.square()).sum(-1),
+    "reflected": lambda y: F.pad(y[:, :, None].expand(-1, -1, 4), (1, 2), "reflect").sum((1, 2)),
+    "gathered": lambda y: torch.gather(y, 0, torch.zeros(1, y.shape[1], dtype=int)).sum(-1),
+    "scattered": lambda y: torch.slice_scatter(y, y[:1] * 2, 0, 1, 2).sum(-1),
+    "complex": lambda y: torch.view_as_real(
+        torch.view_as_complex(torch.stack([y, y * 2], -1)) * 1j
+    ).sum((1, 2)),
+    "spectrum": lambda y: torch.fft.rfft(y, dim=0).abs().sum(-1),
+    "pixels": lambda y: F.pixel_shuffle(
+        y.repeat_interleave(4, 1)[:, :, None, None], 2
+    ).sum((1, 2)),
+    "samples": lambda y: F.grid_sample(
+        y[:, :, None, None].expand(-1, -1, 2, 2), torch.zeros(3, 1, 1, 2).to(y), align_corners=True
+    ).sum((1, 2, 3)),
 }
 
 
@@ -122,6 +173,92 @@ def test_statistics_are_those_of_the_survivors(name):
     result = reference(module, x, {"a.weight": {0: GONE}, "a.bias": {0: GONE}})
     expected = STATISTICS[name](F.linear(x, *cut(module.a, 0)))
     assert torch.allclose(result, expected, rtol=1e-12, atol=1e-12)
+
+
+class Recurrence(nn.Module):
+    """A recurrent layer whose output is summed over its units."""
+
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.layer = kind(4, 6, batch_first=True, **options)
+
+    def forward(self, x):
+        return self.layer(x)[0].square().sum(-1)
+
+
+def cut_rows(tensor, gates):
+    return tensor.reshape(gates, 6, -1)[:, KEPT].reshape(gates * 3, -1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)], ids=["lstm", "gru", "rnn"]
+)
+def test_a_dead_hidden_unit_is_zero_at_every_step(kind, gates):
+    torch.manual_seed(0)
+    module, x = Recurrence(kind), inputs(2, 5, 4)
+    rows = tuple(gate * 6 + index for gate in range(gates) for index in GONE)
+    removed = {f"layer.{name}": {0: rows} for name, _ in module.layer.named_parameters()}
+    removed["layer.weight_hh_l0"] = {0: rows, 1: GONE}
+    result = reference(module, x, removed)
+    small = kind(4, 3, batch_first=True).double()
+    with torch.no_grad():
+        for name, tensor in module.layer.named_parameters():
+            rest = cut_rows(tensor, gates)
+            rest = rest[:, KEPT] if name == "weight_hh_l0" else rest
+            getattr(small, name).copy_(rest.reshape(getattr(small, name).shape))
+    expected = small(x)[0].square().sum(-1)
+    assert torch.allclose(result, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_unit_dead_in_some_of_its_gates_is_refused():
+    with pytest.raises(UnsupportedError, match="mixes dead elements with alive ones"):
+        reference(Recurrence(nn.LSTM), inputs(2, 5, 4), {"layer.weight_ih_l0": {0: (1,)}})
+
+
+class Small(nn.Module):
+    """conv-bn-relu-linear, of any width."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, width, 3), nn.BatchNorm2d(width)
+        self.head = nn.Linear(width * 4, 5)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.norm(self.conv(x))).flatten(1))
+
+
+def test_a_network_built_small_by_hand():
+    torch.manual_seed(0)
+    module, small, x = Small(6).eval(), Small(3).double().eval(), inputs(2, 3, 4, 4)
+    nn.init.normal_(module.norm.running_mean)
+    nn.init.uniform_(module.norm.running_var, 0.5, 2)
+    columns = tuple(4 * index + place for index in GONE for place in range(4))
+    removed = {name: {0: GONE} for name in ("conv.weight", "conv.bias", "norm.weight",
+               "norm.bias", "norm.running_mean", "norm.running_var")}  # fmt: skip
+    result = reference(module, x, removed | {"head.weight": {1: columns}})
+    with torch.no_grad():
+        for name, tensor in small.state_dict().items():
+            full = module.state_dict()[name]
+            if name == "head.weight":
+                tensor.copy_(full.view(5, 6, 4)[:, KEPT].flatten(1))
+            elif tensor.shape != full.shape:
+                tensor.copy_(full[KEPT])
+            else:
+                tensor.copy_(full)
+    assert torch.allclose(result, small(x), rtol=1e-12, atol=1e-12)
+
+
+def test_every_value_is_float64():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 6), nn.RMSNorm(6), nn.GELU(), nn.Linear(6, 2))
+    program = capture(module, (inputs(3, 4).float(),))
+    seen = []
+    removed = {"0.weight": {0: GONE}, "0.bias": {0: GONE}, "1.weight": {0: GONE}}
+    masked_reference.masked_reference(
+        program, (inputs(3, 4).float(),), removed | {"3.weight": {1: GONE}},
+        lambda _, result: seen.append(result.value.dtype),
+    )  # fmt: skip
+    assert seen == [torch.float64] * 4
 
 
 class Heads(nn.Module):
@@ -208,7 +345,10 @@ def test_what_it_cannot_know_is_refused_by_node(operator, message):
 
 
 def test_it_shares_no_code_with_the_analysis():
-    for module in (masked_reference, masked_operators):
+    for module in (
+        masked_reference, masked_operators, masked_table, masked_layout, masked_layers,
+        masked_statistics,
+    ):  # fmt: skip
         tree = ast.parse(inspect.getsource(module))
         names = [
             name

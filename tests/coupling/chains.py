@@ -54,9 +54,8 @@ def _places() -> Tensor:
 
 
 def _grid(x: Tensor, rank: int) -> Tensor:
-    return torch.linspace(-0.9, 0.9, 4 * rank).view(1, *[2] * rank, rank).expand(len(x), *[-1] * (
-        rank + 1
-    ))
+    grid = torch.linspace(-0.9, 0.9, 2**rank * rank).view(1, *[2] * rank, rank)
+    return grid.expand(len(x), *[-1] * (rank + 1))
 
 
 def _flag(x: Tensor) -> Tensor:
@@ -215,7 +214,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "split": lambda x: x.split(5, 1)[1],
     "split_with_sizes": lambda x: x.split([5, 7], 1)[1],
     "unsafe_split": lambda x: aten.unsafe_split(x, 5, 1)[1],
-    "chunk": lambda x: x.chunk(2, 1)[1],
+    "chunk": lambda x: x.chunk(3, 1)[1],
     "tensor_split": lambda x: x.tensor_split(2, 1)[1],
     "unbind": lambda x: x.unbind(2)[1],
     "cat": lambda x: torch.cat([x, x * 2], 1),
@@ -250,7 +249,7 @@ LAYERS: dict[str, Recipe] = {
                 "group_norm": "group-norm", "prelu": "prelu",
             },
             "tokens": {
-                "linear": "linear", "scaled_dot_product_attention": "attention-fused",
+                "linear": "linear", "scaled_dot_product_attention": "attention-split",
                 "layer_norm": "layer-norm", "rms_norm": "rms-norm",
             },
             "lines": {
@@ -265,6 +264,20 @@ LAYERS: dict[str, Recipe] = {
     "pruna::fake_quant": single("images", "fake-quantised"),
 }  # fmt: skip
 """Operator name to a recipe whose layer calls it."""
+
+
+RESIZED: dict[str, Recipe] = {
+    "aten::conv1d": single("lines", "depthwise"),
+    "aten::conv2d": single("images", "depthwise"),
+    "aten::conv3d": single("volumes", "depthwise"),
+    "aten::conv_transpose1d": single("lines", "transposed-depthwise"),
+    "aten::conv_transpose2d": single("images", "transposed-depthwise"),
+    "aten::conv_transpose3d": single("volumes", "transposed-depthwise"),
+    "aten::convolution": single("images", "convolution-depthwise"),
+    "aten::group_norm": single("images", "group-norm-each"),
+    "aten::scaled_dot_product_attention": single("tokens", "single-head"),
+}
+"""Operators whose literal arguments change in other networks than those of ``LAYERS``."""
 
 
 def network_of(name: str) -> Network | Chain:

@@ -31,6 +31,8 @@ class Linear(nn.Module):
         self.spelling = spelling
         self.weight = nn.Parameter(torch.randn(width, 6) / 3)
         self.bias = nn.Parameter(torch.randn(6))
+        if spelling in ("dot", "vdot"):
+            self.other = nn.Parameter(torch.randn(6))
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
@@ -66,7 +68,7 @@ class Linear(nn.Module):
         return torch.mv(rows, self.weight[:, 0]).unsqueeze(1) * self.bias
 
     def dot(self, rows: Tensor, _: int) -> Tensor:
-        return torch.mm(rows, self.weight) * torch.dot(self.bias, self.bias)
+        return torch.addmm(self.bias, rows, self.weight) * torch.dot(self.bias, self.other)
 
     def einsum(self, rows: Tensor, _: int) -> Tensor:
         return torch.einsum("nc,cd->nd", rows, self.weight)
@@ -78,7 +80,7 @@ class Linear(nn.Module):
         return torch.mm(rows, self.weight) @ torch.ger(self.bias, self.bias)
 
     def vdot(self, rows: Tensor, _: int) -> Tensor:
-        return torch.mm(rows, self.weight) * torch.vdot(self.bias, self.bias)
+        return torch.addmm(self.bias, rows, self.weight) * torch.vdot(self.bias, self.other)
 
 
 class Shifted(nn.Module):

@@ -140,6 +140,7 @@ LINES: dict[str, Layer] = {
     "transposed-grouped": lambda w: sequence(
         nn.Conv1d(w, 6, 1), nn.ConvTranspose1d(6, 6, 3, padding=1, groups=3)
     ),
+    "transposed-depthwise": lambda w: nn.ConvTranspose1d(w, w, 3, padding=1, groups=w),
     "norm": lambda w: sequence(nn.BatchNorm1d(w), nn.PReLU(w)),
     "group-norm": lambda w: sequence(nn.Conv1d(w, 8, 1), nn.GroupNorm(4, 8)),
     "pool": lambda _: sequence(nn.MaxPool1d(3, 1, 1), nn.AvgPool1d(3, 1, 1)),
@@ -167,6 +168,7 @@ VOLUMES: dict[str, Layer] = {
         nn.Conv3d(5, 6, (3, 1, 1), padding=(1, 0, 0)),
     ),
     "transposed": lambda w: nn.ConvTranspose3d(w, 4, 3, padding=1),
+    "transposed-depthwise": lambda w: nn.ConvTranspose3d(w, w, 3, padding=1, groups=w),
     "norm": lambda w: sequence(nn.BatchNorm3d(w), nn.GroupNorm(1, w)),
     "instance-norm": lambda w: nn.InstanceNorm3d(w, affine=True),
     "pool": lambda _: sequence(nn.MaxPool3d(3, 1, 1), nn.AvgPool3d(3, 1, 1)),

@@ -22,8 +22,8 @@ from pruna_ir.coupling.value import Block, Ids, Value
 from pruna_ir.errors import PrunaError
 from pruna_ir.program import Program
 from tests.coupling.catalogue import operators
-from tests.coupling.chains import network_of
-from tests.coupling.random_networks import Form
+from tests.coupling.chains import RESIZED, Chain, network_of
+from tests.coupling.random_networks import Form, Network
 from tests.coupling.test_random_networks import TOLERANCE, program_of, pruned, worst_error
 
 POINTWISE = ("aten::add", "aten::mul", "aten::relu")
@@ -125,7 +125,7 @@ def mutants(name: str) -> Iterator[tuple[str, Rule]]:
 def caught(program: Program) -> bool:
     """Whether the check notices that a rule is wrong."""
     try:
-        for share, which in ((0.5, 0), (0.2, 1)):
+        for share, which in ((0.5, 0), (0.2, 1), (0.5, 2)):
             small, plan = pruned(program, share, which)
             verify(small)
             if not worst_error(program, small, plan) < 1e3 * TOLERANCE:
@@ -135,8 +135,8 @@ def caught(program: Program) -> bool:
     return False
 
 
-def captured(name: str) -> Program:
-    program = program_of(network_of(name), Form(canonical=False))
+def captured(name: str, network: Network | Chain) -> Program:
+    program = program_of(network, Form(canonical=False))
     assert name in operators(program)
     return program
 
@@ -151,7 +151,7 @@ def holds(program: Program) -> None:
 
 @pytest.mark.parametrize("name", [*sorted(RULES), *POINTWISE])
 def test_a_mutated_rule_is_caught(monkeypatch, name):
-    program = captured(name)
+    program = captured(name, network_of(name))
     holds(program)
     survived = []
     for mutation, mutant in mutants(name):
@@ -160,3 +160,12 @@ def test_a_mutated_rule_is_caught(monkeypatch, name):
             return
         survived.append(mutation)
     pytest.fail(f"no mutation of the rule of {name} is caught; tried {', '.join(survived)}")
+
+
+@pytest.mark.parametrize("name", sorted(n for n, rule in RULES.items() if rule.resize))
+def test_literal_arguments_that_stay_are_noticed(monkeypatch, name):
+    network = Network(RESIZED[name]) if name in RESIZED else network_of(name)
+    program = captured(name, network)
+    holds(program)
+    monkeypatch.setitem(RULES, name, unresized(RULES[name]))
+    assert caught(program)
