@@ -86,8 +86,8 @@ def per_index(entries: torch.Tensor, dim: int) -> torch.Tensor:
 def squares_per_index(entries: torch.Tensor, dim: int) -> torch.Tensor:
     """The sum of squared entries at each index of one dimension, [size] in float64.
 
-    >>> squares_per_index(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 0)
-    tensor([ 5., 25.], dtype=torch.float64)
+    >>> squares_per_index(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), 0)
+    tensor([25.,  4.], dtype=torch.float64)
     """
     others = [k for k in range(entries.dim()) if k != dim]
     if not others:
