@@ -174,14 +174,29 @@ class OpenvinoRunner:
         return [np.array(self._request.get_output_tensor(i).data) for i in range(count)]
 
     def layer_times(self, inputs: Sequence[np.ndarray[Any, Any]], runs: int) -> dict[str, float]:
-        """Milliseconds of every layer by its name; it takes `LoadOptions.profile`."""
+        """Milliseconds of every layer by its name; it takes `LoadOptions.profile`.
+
+        A layer that OpenVINO made anew bears the first name from the program that it stands for.
+        """
+        names = self._original_names()
         times: dict[str, list[float]] = {}
         for _ in range(runs):
             self.run(inputs)
             for info in self._request.profiling_info:
                 spent = info.real_time.total_seconds() * 1e3
-                times.setdefault(info.node_name, []).append(spent)
+                name = names.get(info.node_name, info.node_name)
+                times.setdefault(name, []).append(spent)
         return {name: statistics.median(taken) for name, taken in times.items()}
+
+    def _original_names(self) -> dict[str, str]:
+        found = {}
+        for op in self._compiled.get_runtime_model().get_ordered_ops():
+            facts = op.get_rt_info()
+            if "originalLayersNames" in facts:
+                behind = _text(facts["originalLayersNames"]).split(",")
+                own = op.get_friendly_name()
+                found[own] = next((name for name in behind if "/" in name), own)
+        return found
 
     def audit(self) -> list[KernelRow]:
         """What OpenVINO's runtime model says of every layer that computes."""
