@@ -158,7 +158,7 @@ def theirs(name: str) -> tuple[dict[str, Any], Callable[[], dict[str, Any]]]:
         def step() -> dict[str, Any]:
             pruner = torch_pruning.pruner.MagnitudePruner(
                 own,
-                kwargs or args[0],
+                kwargs or args[0][:1],
                 importance=torch_pruning.importance.MagnitudeImportance(p=1),
                 pruning_ratio=RATIO,
                 ignored_layers=ignored,
