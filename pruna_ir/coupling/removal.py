@@ -169,7 +169,9 @@ def _shrunk(
     for dim in range(len(sizes)):
         before, after = kept_counts(value, dim, alive)
         if before != after:
-            sizes[dim] = sizes[dim] // before * after
+            # A static size may be the new one already, where a rule put another node in place.
+            static = isinstance(sizes[dim], int)
+            sizes[dim] = after if static else sizes[dim] // before * after
     return resized_value(meta, sizes)
 
 
