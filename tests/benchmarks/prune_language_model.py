@@ -51,6 +51,10 @@ REASONS = {
     "l1": _WEIGHTS_ALONE,
     "l2": _WEIGHTS_ALONE,
     "fpgm": _WEIGHTS_ALONE,
+    "bn-scale": (
+        "the scales were not trained towards zero by the L1 penalty that the criterion relies on"
+    ),
+    "taylor": "removing a head is no small step, and taylor is of first order",
     "gradient": "it leaves out how large a weight is, so that large weights of flat loss go first",
     "snip": "near a minimum the mean gradient is mostly noise",
     "movement": (
