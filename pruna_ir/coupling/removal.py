@@ -10,6 +10,7 @@ all nodes with what their operands give.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -144,35 +145,45 @@ def _predicted(
     rw: Rewrite, values: Mapping[str, Result], alive: Mask
 ) -> dict[fx.Node, torch.Tensor | Sequence[torch.Tensor]]:
     """The nodes that shrink, with the values that follow from the surviving ids."""
-    gone = ~alive
+    shrunk = _Shrunk(alive)
     found: dict[fx.Node, torch.Tensor | Sequence[torch.Tensor]] = {}
     for node in rw.graph.nodes:
         result, meta = values.get(node.name), node.meta.get("val")
         if isinstance(result, Value) and isinstance(meta, torch.Tensor):
-            if (one := _shrunk(result, meta, alive, gone)) is not None:
+            if (one := shrunk.value(result, meta)) is not None:
                 found[node] = one
         elif isinstance(result, tuple) and isinstance(meta, (tuple, list)):
-            parts = [_shrunk(*pair, alive, gone) for pair in zip(result, meta, strict=True)]
+            parts = [shrunk.value(*pair) for pair in zip(result, meta, strict=True)]
             if any(part is not None for part in parts):
                 new = [m if p is None else p for p, m in zip(parts, meta, strict=True)]
                 found[node] = type(meta)(new)
     return found
 
 
-def _shrunk(
-    value: Value, meta: torch.Tensor, alive: Mask, gone: Mask
-) -> torch.Tensor | None:
-    """The value of smaller size; None where it keeps its size."""
-    if not isinstance(meta, torch.Tensor) or not any(gone[b.ids].any() for b in value.blocks):
-        return None
-    sizes = list(meta.shape)
-    for dim in range(len(sizes)):
-        before, after = kept_counts(value, dim, alive)
-        if before != after:
-            # A static size may be the new one already, where a rule put another node in place.
-            static = isinstance(sizes[dim], int)
-            sizes[dim] = after if static else sizes[dim] // before * after
-    return resized_value(meta, sizes)
+class _Shrunk:
+    """Fake tensors of the sizes after removal; equal ones are one object."""
+
+    def __init__(self, alive: Mask) -> None:
+        self._alive, self._gone = alive, ~alive
+        self._known: dict[Any, torch.Tensor] = {}
+
+    def value(self, value: Value, meta: torch.Tensor) -> torch.Tensor | None:
+        """The value of smaller size; None where it keeps its size."""
+        if not isinstance(meta, torch.Tensor) or not any(
+            self._gone[block.ids].any() for block in value.blocks
+        ):
+            return None
+        sizes = list(meta.shape)
+        for dim in range(len(sizes)):
+            before, after = kept_counts(value, dim, self._alive)
+            if before != after:
+                # A static size may be the new one already, where a rule put another node there.
+                static = isinstance(sizes[dim], int)
+                sizes[dim] = after if static else sizes[dim] // before * after
+        key = (meta.dtype, meta.device, tuple(map(extent, sizes)))
+        if key not in self._known:
+            self._known[key] = resized_value(meta, sizes)
+        return self._known[key]
 
 
 def _check_sizes(rw: Rewrite, values: dict[str, Result], alive: Mask) -> None:
