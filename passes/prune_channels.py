@@ -69,7 +69,10 @@ class PruneChannels(Pass):
         ratio: the share to remove, in [0, 1).
         of: what ``ratio`` is a share of: ``channels``, ``flops``, ``parameters``, ``bytes``, or
             ``latency`` as measured on the target (in torch where there is none).
-        criterion: how channels are scored; see `pruna_ir.passes.importance`.
+        criterion: how channels are scored (formulas: `pruna_ir.passes.importance`): ``random``,
+            ``l1``, ``l2``, ``fpgm``, ``bn-scale``; from calibration data ``taylor``, ``gradient``,
+            ``snip``, ``fisher``, ``gauss-newton``, ``movement``, ``activation-mean``,
+            ``activation-rms``, ``activation-zeros``, ``wanda``, ``obs``, ``obs-greedy``.
         aggregate: how the scores of coupled weights become one: ``mean``, ``sum``, ``max``.
         normalise: how scores are made comparable: ``mean``, ``max``, ``sum``, ``none``, ``lamp``.
         ranking: ``layer`` removes the share from every group; ``global`` ranks the channels of

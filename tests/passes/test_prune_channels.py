@@ -15,6 +15,7 @@ from pruna_ir.equivalence import relative_error, run_float64
 from pruna_ir.errors import UsageError
 from pruna_ir.passes.apply_plan import ApplyPlan
 from pruna_ir.passes.canonicalize import Canonicalize
+from pruna_ir.passes.importance import CRITERIA
 from pruna_ir.passes.fold_batch_norm import FoldBatchNorm
 from pruna_ir.passes.prune_channels import PruneChannels
 from pruna_ir.pipeline import Pipeline
@@ -425,3 +426,8 @@ def seeded_norms(module):
             nn.init.uniform_(child.running_var, 0.5, 2)
             nn.init.uniform_(child.weight, 0.5, 1.5)
     return module
+
+
+def test_the_help_names_every_criterion():
+    text = PruneChannels.__doc__
+    assert [name for name in CRITERIA if f"``{name}``" not in text] == []
