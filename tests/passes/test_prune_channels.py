@@ -15,8 +15,8 @@ from pruna_ir.equivalence import relative_error, run_float64
 from pruna_ir.errors import UsageError
 from pruna_ir.passes.apply_plan import ApplyPlan
 from pruna_ir.passes.canonicalize import Canonicalize
-from pruna_ir.passes.importance import CRITERIA
 from pruna_ir.passes.fold_batch_norm import FoldBatchNorm
+from pruna_ir.passes.importance import CRITERIA
 from pruna_ir.passes.prune_channels import PruneChannels
 from pruna_ir.pipeline import Pipeline
 from pruna_ir.transform import apply
