@@ -142,4 +142,4 @@ def _scales(candidates: Candidates) -> list[list[Member]]:
 
 
 def _weight(candidates: Candidates, name: str) -> torch.Tensor:
-    return candidates.program.tensor(name).detach()
+    return candidates.weight(name)

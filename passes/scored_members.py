@@ -12,14 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import Parameter
 
 from pruna_ir.coupling import Coupling, Group, Member
 from pruna_ir.program import Program
+from pruna_ir.sparse_layouts import masked
 from pruna_ir.transform import Context
+
+aten = torch.ops.aten
 
 Scores = np.ndarray[Any, np.dtype[np.float64]]
 """One number a unit, [units]."""
@@ -46,13 +51,27 @@ class Candidates:
     context: Context
     window: int | None = None
 
+    @cached_property
+    def masks(self) -> dict[str, str]:
+        """The mask of every masked weight, by name (`pruna_ir.passes.mask_weights`)."""
+        pairs = (masked(self.program, node) for node in self.program.calls(aten.mul.Tensor))
+        return {str(pair.weight.target): str(pair.mask.target) for pair in pairs if pair}
+
+    def weight(self, name: str) -> torch.Tensor:
+        """A tensor as it takes part in the product: what a mask hides counts as zero."""
+        tensor = self.program.tensor(name).detach()
+        mask = self.masks.get(name)
+        return tensor if mask is None else tensor * self.program.tensor(mask)
+
 
 def producers(program: Program, group: Group) -> list[Member]:
     """The weights (two or more dimensions) that produce the channels, each tensor once.
 
     Where there are none: the weights that read them; where there are none either: every member.
+    Buffers (masks) count only where there is no parameter.
     """
-    weights = [m for m in group.members if program.tensor(m.tensor).dim() > 1]
+    wide = [m for m in group.members if program.tensor(m.tensor).dim() > 1]
+    weights = [m for m in wide if isinstance(program.tensor(m.tensor), Parameter)] or wide
     produced = [m for m in weights if m.produced]
     return once(program, produced or weights or group.members)
 
@@ -61,7 +80,7 @@ def parameters(program: Program, group: Group) -> list[Member]:
     """The trainable members: weights, biases, scales and shifts, each tensor once."""
     return once(
         program,
-        (m for m in group.members if isinstance(program.tensor(m.tensor), torch.nn.Parameter)),
+        (m for m in group.members if isinstance(program.tensor(m.tensor), Parameter)),
     )
 
 

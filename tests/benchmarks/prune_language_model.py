@@ -65,6 +65,9 @@ REASONS = {
         "neither SiLU nor attention gives exact zeros, so that all scores are equal and the index "
         "decides"
     ),
+    "obs-greedy": (
+        "it ranks by what refitting the survivors would cost, and nothing is refitted here"
+    ),
 }
 """What is known of criteria that may be worse than random."""
 

@@ -17,6 +17,7 @@ from pruna_ir.passes.apply_plan import ApplyPlan
 from pruna_ir.passes.canonicalize import Canonicalize
 from pruna_ir.passes.fold_batch_norm import FoldBatchNorm
 from pruna_ir.passes.importance import CRITERIA
+from pruna_ir.passes.mask_weights import MaskWeights
 from pruna_ir.passes.prune_channels import PruneChannels
 from pruna_ir.pipeline import Pipeline
 from pruna_ir.transform import apply
@@ -431,3 +432,31 @@ def seeded_norms(module):
 def test_the_help_names_every_criterion():
     text = PruneChannels.__doc__
     assert [name for name in CRITERIA if f"``{name}``" not in text] == []
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_groups_that_the_criterion_cannot_score_stay_with_a_remark(steps):
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.ReLU(),
+        nn.Conv2d(6, 2, 1),
+    ).eval()  # fmt: skip
+    nn.init.uniform_(module[1].weight, 0.5, 1.5)
+    program = capture(module, (torch.randn(2, 3, 5, 5),))
+    result = apply(PruneChannels(criterion="bn-scale", steps=steps), program)
+    tensors = result.program.tensors()
+    assert (tensors["0.weight"].shape[0], tensors["3.weight"].shape[0]) == (4, 6)
+    (missed,) = [r.message for r in result.remarks if "3.weight[0]" in r.message]
+    assert "no norm" in missed or "scale" in missed
+
+
+def test_what_a_mask_hides_counts_for_nothing():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    program = capture(module, (torch.randn(2, 6),))
+    masked = apply(MaskWeights(include=("0.*",), sparsity=0.5), program).program
+    left = (masked.tensor("0.weight") * masked.tensor("0.weight_mask")).abs().sum(1)
+    weakest = tuple(sorted(left.argsort()[:4].tolist()))
+    result = apply(PruneChannels(), masked)
+    assert result.program.origin.removed["0.weight"][0] == weakest
+    assert check(PruneChannels(), masked, result.program, result.oracle).passed
