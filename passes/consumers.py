@@ -23,7 +23,7 @@ from torch import fx
 from pruna_ir.call import bind_arguments
 from pruna_ir.coupling import Coupling, Value
 from pruna_ir.passes.scored_members import Candidates, Scores
-from pruna_ir.program import Program
+from pruna_ir.program import Program, computed_nodes
 
 aten = torch.ops.aten
 
@@ -99,21 +99,13 @@ _CONVS = {
 
 def consumers(program: Program) -> list[Consumer]:
     """Every consumer of a program, in its order."""
-    computed = _depends_on_inputs(program)
+    computed = computed_nodes(program)
     return [
         found
         for node in program.calls()
         for found in _matches(node)
         if found.source in computed and found.weight not in computed
     ]
-
-
-def _depends_on_inputs(program: Program) -> set[fx.Node]:
-    computed: set[fx.Node] = set()
-    for node in program.graph.nodes:
-        if node.op == "placeholder" or any(n in computed for n in node.all_input_nodes):
-            computed.add(node)
-    return computed
 
 
 def _matches(node: fx.Node) -> Iterator[Consumer]:

@@ -44,12 +44,11 @@ from pruna_ir.passes.quant_placement import (
     KINDS,
     Placement,
     candidates,
-    computed_nodes,
     is_float,
     is_quantised,
     place,
 )
-from pruna_ir.program import module_path
+from pruna_ir.program import computed_nodes, module_path
 from pruna_ir.quantization import Grid, QuantParameters, QuantScheme, choose_parameters
 from pruna_ir.registry import find_backend, unknown
 from pruna_ir.transform import Effect, Pass, Rewrite

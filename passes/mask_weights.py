@@ -34,9 +34,8 @@ from pruna_ir.calibration import layer_name, observe
 from pruna_ir.call import bind_arguments
 from pruna_ir.equivalence import run_float64
 from pruna_ir.errors import UsageError
-from pruna_ir.passes.quant_placement import computed_nodes
 from pruna_ir.passes.sparsity_patterns import Grouped, Pattern, kept, parse_pattern
-from pruna_ir.program import Program, dtype_of
+from pruna_ir.program import Program, computed_nodes, dtype_of
 from pruna_ir.registry import unknown
 from pruna_ir.sparse_layouts import LAYERS, Layout, layout_of, masked, shape_refusals
 from pruna_ir.transform import Effect, Pass, Rewrite

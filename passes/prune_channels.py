@@ -204,31 +204,29 @@ class PruneChannels(Pass):
         ratios = parse_ratios(self.ratios)
         self._check_globs(rw.program, [name for name, _ in ratios])
         kept = []
-        free = {id(group) for group in self._scorable(rw.program, coupling)}
+        refused = {id(group): why for group, why in self._free(rw.program, coupling)}
         for group, kind in zip(coupling.groups, kinds_of(rw.program, coupling), strict=True):
             produced = [m.tensor for m in group.members if m.produced]
             if not produced or not all(rw.in_scope(readers[name]) for name in produced):
                 continue
             ratio = own_ratio(group, kind, ratios)
-            why = self._why_not(group, kind)
-            if not why and id(group) not in free:
-                why = refusals(rw.program, coupling, [group], self.criterion)[0]
-            if why:
+            if why := self._why_not(group, kind) or refused[id(group)]:
                 count, what = len(group.units), "channels" if group.reason else _noun(kind)
                 rw.skip(readers[produced[0]], f"the {count} {what} of {group.name} stay: {why}")
             else:
                 kept.append(Candidate(group, kind, ratio))
         return kept
 
-    def _scorable(self, program: Program, coupling: Coupling) -> list[Group]:
-        """The groups that may go and that the criterion can score."""
+    def _free(self, program: Program, coupling: Coupling) -> list[tuple[Group, str]]:
+        """The groups that may go, each with why the criterion cannot score it; mostly empty."""
         groups = [
             group
             for group in coupling.groups
             if group.reason is None and any(member.produced for member in group.members)
         ]
-        why = refusals(program, coupling, groups, self.criterion)
-        return [group for group, reason in zip(groups, why, strict=True) if not reason]
+        return list(
+            zip(groups, refusals(program, coupling, groups, self.criterion), strict=True)
+        )
 
     def _check_globs(self, program: Program, names: Sequence[str]) -> None:
         """Refuse a glob that means nothing in the program: it was written for something."""
@@ -294,7 +292,7 @@ class PruneChannels(Pass):
             return self._scored(rw, rw.program, coupling, groups)
         smaller = without(rw, coupling, gone)
         again = couple(smaller, self.attention)
-        groups_left = self._scorable(smaller, again)
+        groups_left = [group for group, why in self._free(smaller, again) if not why]
         each = np.full(len(again.solved.frozen), np.nan)
         found = self._scored(rw, smaller, again, groups_left)
         for group, values in zip(groups_left, found, strict=True):

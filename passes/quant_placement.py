@@ -110,15 +110,6 @@ def streams(program: Program) -> dict[fx.Node, str]:
     return found
 
 
-def computed_nodes(program: Program) -> set[fx.Node]:
-    """The nodes that depend on an input of the program; all others are constants."""
-    found: set[fx.Node] = set()
-    for node in program.graph.nodes:
-        if node.op == "placeholder" or any(source in found for source in node.all_input_nodes):
-            found.add(node)
-    return found
-
-
 @dataclass
 class Placement:
     """The tensors to quantise, found by `place`.

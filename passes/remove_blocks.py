@@ -38,10 +38,9 @@ from pruna_ir.calibration import observe
 from pruna_ir.call import bind_arguments
 from pruna_ir.equivalence import Lifted
 from pruna_ir.errors import UsageError
-from pruna_ir.passes.quant_placement import computed_nodes
 from pruna_ir.passes.residual_blocks import ResidualBlock, Residuals, feature_dim
 from pruna_ir.passes.sparsity_patterns import share
-from pruna_ir.program import Program
+from pruna_ir.program import Program, computed_nodes
 from pruna_ir.registry import unknown
 from pruna_ir.transform import Effect, Pass, Rewrite
 

@@ -254,6 +254,15 @@ tensor_digest = TensorCache(_digest)
 """A hash of a tensor's dtype, shape and bytes."""
 
 
+def computed_nodes(program: Program) -> set[fx.Node]:
+    """The nodes that depend on an input of the program; all others are constants."""
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.op == "placeholder" or any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
 def shape_of(node: fx.Node) -> tuple[int | torch.SymInt, ...] | None:
     """The shape of a node's value (static or symbolic sizes), None where it is no tensor."""
     value = node.meta.get("val")
