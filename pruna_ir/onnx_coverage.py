@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from pruna_ir.lowering import Offender
+from pruna_ir.onnx_translations import translations
 from pruna_ir.program import Program
 from pruna_ir.reexport import origins, reexport
 from pruna_ir.registry import kernels
@@ -27,6 +28,8 @@ def onnx_unsupported(program: Program) -> list[Offender]:
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     registry = ONNXRegistry.from_torchlib()
+    for target, translation in translations().items():
+        registry.register_op(target, translation)
     if all(_is_translated(node, registry) for node in program.calls()):
         return []
     implemented = set(_decomp.get_onnx_implemented_overloads(registry))

@@ -33,15 +33,13 @@ import torch
 
 from pruna_ir.errors import LoweringError
 from pruna_ir.onnx_attention import with_plain_attention
+from pruna_ir.onnx_translations import DOMAIN, FAKE_QUANT, keep_constants, translations
 from pruna_ir.program import Program, TensorSpec
 from pruna_ir.reexport import reexport
-from pruna_ir.registry import kernels
 
 OPSET = 18
 """The operator set that ``torch.onnx`` itself is written for, so nothing is converted."""
 
-_DOMAIN = "pruna"
-_FAKE_QUANT = "FakeQuant"
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _BYTE_RANGES = {np.dtype(np.int8): (-128, 127), np.dtype(np.uint8): (0, 255)}
 
@@ -93,21 +91,20 @@ def module_scopes(node: Any) -> list[str]:
 
 
 def _translate(program: Program, opset: int) -> Any:
-    kernels()
-    fake_quant = torch.ops.pruna.fake_quant.default
     exported = reexport(with_plain_attention(program))
     try:
         result = torch.onnx.export(
             exported,
             dynamo=True,
             opset_version=opset,
-            custom_translation_table={fake_quant: _fake_quant_translation()},
+            custom_translation_table=translations(),
             verbose=False,
         )
     except Exception as error:
         raise LoweringError(f"torch.onnx cannot translate the program: {_cause(error)}") from error
     if result is None:
         raise LoweringError("torch.onnx returned no model")
+    keep_constants(result.model.graph)
     try:
         return result.model_proto
     except ValueError as error:
@@ -122,47 +119,6 @@ def _cause(error: BaseException) -> str:
     lines = [(str(link).strip().splitlines() or [type(link).__name__])[0] for link in chain]
     nodes = [line.partition(". See")[0] for line in lines if "translating node" in line]
     return ": ".join(dict.fromkeys([*nodes[:1], lines[-1]]))
-
-
-def _fake_quant_translation() -> Any:
-    """A translation of ``pruna::fake_quant`` into one ONNX node that keeps its constants.
-
-    Only after the translation is it known which inputs are weights; the node is replaced then.
-    """
-    import onnx
-    import onnxscript
-
-    schema, parameter = onnx.defs.OpSchema, onnx.defs.OpSchema.FormalParameter
-    node = onnxscript.values.Op(
-        onnxscript.values.Opset(_DOMAIN, 1),
-        _FAKE_QUANT,
-        schema(
-            _FAKE_QUANT,
-            _DOMAIN,
-            1,
-            inputs=[parameter("x", "T"), parameter("scale", "T"), parameter("zero_point", "Z")],
-            outputs=[parameter("y", "T")],
-            type_constraints=[
-                ("T", ["tensor(float)"], ""),
-                ("Z", ["tensor(float)", "tensor(int32)", "tensor(int64)", "tensor(int8)"], ""),
-            ],
-            attributes=[
-                schema.Attribute(name, schema.AttrType.INT)
-                for name in ("per_channel", "axis", "qmin", "qmax")
-            ],
-        ),
-    )
-
-    def fake_quant(
-        x: Any, scale: Any, zero_point: Any, axis: int | None, qmin: int, qmax: int
-    ) -> Any:
-        per_channel = int(axis is not None)
-        axis = 0 if axis is None else axis % len(x.shape)
-        return node(
-            x, scale, zero_point, per_channel=per_channel, axis=axis, qmin=qmin, qmax=qmax
-        )
-
-    return fake_quant
 
 
 # -- quantisers ----------------------------------------------------------------------------------
@@ -296,7 +252,7 @@ def _lower_fake_quants(graph: _Graph, int8_weights: bool) -> None:
     nodes: list[Any] = []
     weights: dict[str, _Quantizer] = {}
     for node in graph.proto.node:
-        if node.domain == _DOMAIN and node.op_type == _FAKE_QUANT:
+        if node.domain == DOMAIN and node.op_type == FAKE_QUANT:
             quantizer = _Quantizer.read(graph, node)
             if int8_weights and quantizer.x in graph.initializers:
                 weights[quantizer.y] = quantizer
@@ -397,7 +353,7 @@ def _dequantize(
 
 
 def _drop_domain(model: Any) -> None:
-    kept = [entry for entry in model.opset_import if entry.domain != _DOMAIN]
+    kept = [entry for entry in model.opset_import if entry.domain != DOMAIN]
     del model.opset_import[:]
     model.opset_import.extend(kept)
 

@@ -202,6 +202,39 @@ def test_lists_every_node_that_cannot_be_translated() -> None:
     assert onnx_unsupported(capture(torch.nn.Linear(3, 2), (torch.zeros(2, 3),))) == []
 
 
+def test_classes_become_one_hot_rows() -> None:
+    class Classes(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.one_hot(x, 5).permute(0, 2, 1)
+
+    x = torch.tensor([[0, 4, 2], [1, 1, 3]])
+    program = capture(Classes(), (x,))
+    assert onnx_unsupported(program) == []
+    model = export_onnx(program)
+    assert "OneHot" in [node.op_type for node in model.graph.node]
+    one_row = torch.tensor([[2, 0, 4]])
+    for ids in (x, one_row):
+        np.testing.assert_array_equal(run(model, ids)[0], expected(program, ids))
+
+
+def test_a_tensor_may_be_clamped_more_than_once_by_tensors() -> None:
+    class Clamped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, value in {"low": -0.5, "high": 0.25, "lower": -2.0, "higher": 1.5}.items():
+                self.register_buffer(name, torch.tensor(value))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x * 2
+            near = torch.clamp(x, self.low, self.high)
+            far = torch.clamp(x, self.lower, self.higher)
+            return near * far + torch.clamp(x, self.lower, self.high)
+
+    x = torch.linspace(-3, 3, 15).reshape(3, 5)
+    program = capture(Clamped(), (x,))
+    np.testing.assert_array_equal(run(export_onnx(program), x)[0], expected(program, x))
+
+
 def test_the_model_is_valid_onnx_of_the_asked_version() -> None:
     program, x = quantized()
     model = export_onnx(program, opset=21)
