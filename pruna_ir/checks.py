@@ -6,6 +6,9 @@
     BOUNDED   signal-to-quantisation-noise ratio of every output >= the pass's budget
     ORACLE    lifted to float64, equal to the oracle that the pass stated, <= 1e-9
     FITTED    every test that the pass stated (`Assurance`) holds on the calibration data
+
+ROUNDING and ORACLE set a drawn stimulus aside where the program itself is unstable, and say so
+(see `conditioning`).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from pruna_ir.conditioning import Comparison, place
 from pruna_ir.equivalence import (
     LIFTED_TOLERANCE,
     ROUNDING_FACTOR,
@@ -47,6 +51,7 @@ class CheckReport:
         passed: the verdict.
         rounding: for ROUNDING: the worst ratio of working-precision errors, new over old.
         gates: the gates of the program before the pass that were seen on one side only.
+        notes: which stimuli were set aside, and why; or why a difference may say little.
     """
 
     effect: Effect
@@ -56,6 +61,7 @@ class CheckReport:
     passed: bool
     rounding: float = 0.0
     gates: Gates = field(default_factory=Gates)
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         unit = " dB" if self.effect is Effect.BOUNDED else ""
@@ -64,6 +70,7 @@ class CheckReport:
         return (
             f"{self.effect.value} {verdict}: {self.measured:.3g}{unit} "
             f"(must be {sign} {self.limit:.3g}{unit}) on {self.where}"
+            + "".join(f"; {note}" for note in self.notes)
         )
 
 
@@ -111,10 +118,6 @@ def _inputs(effect: Effect, program: Program, context: Context) -> list[Stimulus
     return [s for s in found if s.kind == "example"] if effect is Effect.BOUNDED else found
 
 
-def _place(stimulus: Stimulus, program: Program, position: int) -> str:
-    return f"stimulus '{stimulus.kind}', output {program.outputs[position].name}"
-
-
 def _worst(
     candidates: Sequence[tuple[float, str]], *, smallest: bool = False
 ) -> tuple[float, str]:
@@ -130,7 +133,7 @@ def _exact(before: Program, after: Program, inputs: list[Stimulus]) -> CheckRepo
         old, new = run_native(before, stimulus.inputs), run_native(after, stimulus.inputs)
         for position, (a, b) in enumerate(zip(new, old, strict=True)):
             error = 0.0 if _identical(a, b) else max(next(differences([a], [b])), 5e-324)
-            found.append((error, _place(stimulus, before, position)))
+            found.append((error, place(stimulus, before, position)))
     measured, where = _worst(found)
     return CheckReport(Effect.EXACT, measured, 0.0, where, measured == 0.0)
 
@@ -151,29 +154,26 @@ def _rounding(
     exact: Mapping[str, torch.Tensor] | None,
 ) -> CheckReport:
     recorder = GateRecorder(before)
-    lifted: list[tuple[float, str]] = []
+    lifted = Comparison(before)
     ratios: list[tuple[float, str]] = []
     for stimulus in inputs:
         truth = run_float64(before, stimulus.inputs, recorder)
         new = run_float64(after, stimulus.inputs, exact=exact)
         old32, new32 = run_native(before, stimulus.inputs), run_native(after, stimulus.inputs)
-        for position, error in enumerate(differences(new, truth)):
-            place = _place(stimulus, before, position)
-            lifted.append((error, place))
-            if position < len(truth):
-                ratios.append((_ratio(old32[position], new32[position], truth[position]), place))
-    measured, where = _worst(lifted)
+        for position in lifted.add(stimulus, new, truth):
+            ratio = _ratio(old32[position], new32[position], truth[position])
+            ratios.append((ratio, place(stimulus, before, position)))
+    measured, where = _worst(lifted.found)
     ratio, ratio_where = _worst(ratios)
     if measured <= LIFTED_TOLERANCE and ratio > ROUNDING_FACTOR:
         where = f"{ratio_where} (working precision: error over the reference's own)"
-        return CheckReport(
-            Effect.ROUNDING, ratio, ROUNDING_FACTOR, where, passed=False, rounding=ratio,
-            gates=recorder.gates(),
-        )  # fmt: skip
-    passed = measured <= LIFTED_TOLERANCE
+        measured, limit, passed = ratio, ROUNDING_FACTOR, False
+    else:
+        limit, passed = LIFTED_TOLERANCE, measured <= LIFTED_TOLERANCE
     return CheckReport(
-        Effect.ROUNDING, measured, LIFTED_TOLERANCE, where, passed, ratio, recorder.gates()
-    )
+        Effect.ROUNDING, measured, limit, where, passed, ratio, recorder.gates(),
+        tuple(lifted.notes),
+    )  # fmt: skip
 
 
 def _ratio(old: torch.Tensor, new: torch.Tensor, truth: torch.Tensor) -> float:
@@ -192,7 +192,7 @@ def _bounded(
     for stimulus in inputs:
         old, new = run_native(before, stimulus.inputs), run_native(after, stimulus.inputs)
         for position, (a, b) in enumerate(zip(new, old, strict=True)):
-            found.append((sqnr_db(a, b), _place(stimulus, before, position)))
+            found.append((sqnr_db(a, b), place(stimulus, before, position)))
     measured, where = _worst(found, smallest=True)
     return CheckReport(Effect.BOUNDED, measured, budget, where, measured >= budget)
 
@@ -218,14 +218,13 @@ def _oracle(
     before: Program, after: Program, inputs: list[Stimulus], oracle: Oracle
 ) -> CheckReport:
     recorder = GateRecorder(after)
-    found: list[tuple[float, str]] = []
+    lifted = Comparison(before)
     for stimulus in inputs:
         truth = oracle(before, stimulus.inputs)
-        new = run_float64(after, stimulus.inputs, recorder)
-        for position, error in enumerate(differences(new, truth)):
-            found.append((error, _place(stimulus, before, position)))
-    measured, where = _worst(found)
+        lifted.add(stimulus, run_float64(after, stimulus.inputs, recorder), truth)
+    measured, where = _worst(lifted.found)
     passed = measured <= ORACLE_TOLERANCE
     return CheckReport(
-        Effect.ORACLE, measured, ORACLE_TOLERANCE, where, passed, gates=recorder.gates()
-    )
+        Effect.ORACLE, measured, ORACLE_TOLERANCE, where, passed, gates=recorder.gates(),
+        notes=tuple(lifted.notes),
+    )  # fmt: skip
