@@ -33,6 +33,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import fx
 
+from pruna_ir.backends.openvino_single_pixels import separate_single_pixels
 from pruna_ir.errors import LoweringError, ToolchainError
 from pruna_ir.lowering import Availability, KernelRow, LoadOptions, Lowered, Offender, Runner
 from pruna_ir.program import Program, TensorSpec, module_path
@@ -241,6 +242,7 @@ def convert(program: Program) -> Any:
         raise LoweringError(f"OpenVINO refuses the program: {_first_lines(error)}") from error
     _name_layers(model, origins(program, decoder.pt_module.graph))
     _shape_inputs(model, program)
+    separate_single_pixels(model)
     for output, spec in zip(model.outputs, program.outputs, strict=True):
         output.get_tensor().add_names({spec.name})
     return model
