@@ -100,6 +100,9 @@ def _torchvision(name: str) -> nn.Module:
     if "deeplab" in name or "fcn" in name or "lraspp" in name:
         options["weights_backbone"] = None
     module: nn.Module = torchvision.models.get_model(name, **options)
+    if name == "mvit_v2_s":
+        # Takes clips of the size that it is told; its tables of positions are interpolated.
+        module.pos_encoding.temporal_size, module.pos_encoding.spatial_size = 4, (16, 16)
     return module
 
 
