@@ -74,7 +74,7 @@ def prune(name: str, size: int, ratio: float) -> Row:
     image = torch.rand(3, size, size, generator=torch.Generator().manual_seed(1))
     before = parameters(model)
     start = time.perf_counter()
-    parts = capture_submodules(model, ([image],))
+    parts = capture_submodules(model, ([image],), seconds=1800)
     captured = time.perf_counter()
     pipeline = Pipeline.parse(f"canonicalize,prune-channels{{ratio={ratio}}}")
     runs = {path: pipeline.run(part.program) for path, part in parts.captured.items()}
