@@ -68,7 +68,8 @@ class _Noisy(Lifted):
 def _pushed(levels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Values in units of a step, with noise, and with the most undecided one decided otherwise."""
     noise = torch.rand(levels.shape, generator=generator, dtype=torch.float32) * 2 - 1
-    noisy = levels + noise * NOISE_STEPS
+    # Contiguous, since one element is written by its number; a permuted value is not.
+    noisy = (levels + noise * NOISE_STEPS).contiguous()
     if not levels.numel():
         return noisy
     offset = (levels - levels.floor() - 0.5).reshape(-1)  # below 0: rounds down
