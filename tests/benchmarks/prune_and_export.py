@@ -2,7 +2,7 @@
 
     python tests/benchmarks/prune_and_export.py                          # all models, all backends
     python tests/benchmarks/prune_and_export.py --models vgg16_bn gpt2 --targets onnx eager
-    python tests/benchmarks/prune_and_export.py --int8 --targets onnx openvino
+    python tests/benchmarks/prune_and_export.py --int8 --targets onnx openvino --size 128
 
 Each model (random weights, seeded) is captured, canonicalised, pruned by ``--ratio`` of the
 channels of every coupled group and checked against the masked oracle in float64; the result is
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,8 +39,8 @@ from pruna_ir.transform import Context
 TARGETS = ("eager", "onnx", "openvino", "tvm", "tensorrt")
 
 
-def vision(name: str) -> Program:
-    """A torchvision classifier."""
+def vision(name: str, size: int) -> Program:
+    """A torchvision classifier of images of this size; ViT takes 224 only."""
     import torchvision
 
     torch.manual_seed(0)
@@ -47,21 +48,22 @@ def vision(name: str) -> Program:
     if name.startswith("vit"):
         # It is initialised with zeros: no output would depend on anything.
         nn.init.normal_(module.heads.head.weight, std=0.02)
-    return capture(with_statistics(module), (torch.randn(2, 3, 224, 224),))
+        size = 224
+    return capture(with_statistics(module, size), (torch.randn(2, 3, size, size),))
 
 
-def with_statistics(module: nn.Module) -> nn.Module:
+def with_statistics(module: nn.Module, size: int) -> nn.Module:
     """The module with the batch norms' statistics of random images: untrained, those of
     mobilenet_v3 let the signal fade to 1e-10, which no integer grid holds."""
     for child in module.modules():
         if isinstance(child, nn.BatchNorm2d):
             child.momentum = 1.0
     with torch.no_grad():
-        module.train()(torch.randn(4, 3, 224, 224))
+        module.train()(torch.randn(4, 3, size, size))
     return module.eval()
 
 
-def bert() -> Program:
+def bert(_size: int) -> Program:
     """BERT-base, random weights, 32 tokens."""
     from transformers import BertConfig, BertModel
 
@@ -69,7 +71,7 @@ def bert() -> Program:
     return tokens(BertModel(BertConfig()), 30522)
 
 
-def gpt2() -> Program:
+def gpt2(_size: int) -> Program:
     """GPT-2 small, random weights, 32 tokens."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -82,9 +84,9 @@ def tokens(module: nn.Module, vocabulary: int) -> Program:
     return capture(module, (), {"input_ids": torch.randint(0, vocabulary, (2, 32))})
 
 
-MODELS: dict[str, Callable[[], Program]] = {
+MODELS: dict[str, Callable[[int], Program]] = {
     **{
-        name: lambda name=name: vision(name)  # type: ignore[misc]
+        name: partial(vision, name)
         for name in (
             "resnet50", "vgg16_bn", "densenet121", "mobilenet_v3_large", "efficientnet_b0",
             "vit_b_16",
@@ -95,9 +97,9 @@ MODELS: dict[str, Callable[[], Program]] = {
 }  # fmt: skip
 
 
-def prune(name: str, ratio: float) -> tuple[Program, str]:
+def prune(name: str, ratio: float, size: int) -> tuple[Program, str]:
     """The pruned program and a line that tells what happened."""
-    program = MODELS[name]()
+    program = MODELS[name](size)
     start = time.perf_counter()
     pipeline = Pipeline.parse(f"canonicalize,prune-channels{{ratio={ratio}}}")
     result = pipeline.run(program)
@@ -151,12 +153,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--targets", nargs="*", default=list(TARGETS))
     parser.add_argument("--ratio", type=float, default=0.5)
+    parser.add_argument("--size", type=int, default=224, help="of images")
     parser.add_argument("--int8", action="store_true", help="quantise before lowering")
     arguments = parser.parse_args()
     fine = True
     for name in arguments.models:
         try:
-            program, line = prune(name, arguments.ratio)
+            program, line = prune(name, arguments.ratio, arguments.size)
         except PrunaError as error:
             print(f"{name:<20} {type(error).__name__}: {error}", flush=True)
             fine = False
