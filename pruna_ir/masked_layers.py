@@ -103,6 +103,7 @@ def _conv(operands: Operands) -> Masked:
     rows = rows & bias.mask if bias is not None else rows
     channel = x.value.dim() - spatial - 1
     passed = [] if transposed else _passed(operands, spatial)
+    passed += [] if transposed or passed else _filtered(operands, spatial)
     free = {channel, *(channel + 1 + k for k in passed)}
     mixed = [d for d in range(x.value.dim()) if d not in free]
     alive = rows.view(-1, *[1] * spatial)
@@ -124,6 +125,15 @@ def _passed(operands: Operands, spatial: int) -> list[int]:
     sizes = operands["weight"].value.shape[2:]
     settings = zip(sizes, each("stride"), each("padding"), strict=True)
     return [k for k, setting in enumerate(settings) if tuple(setting) == (1, 1, 0)]
+
+
+def _filtered(operands: Operands, spatial: int) -> list[int]:
+    """The dimension along which one filter keeps each element in its place: those that are dead
+    count as 0 for their neighbours, and stay dead."""
+    alone = spatial == 1 and tuple(operands["weight"].value.shape[:2]) == (1, 1)
+    alone = alone and list(operands["stride"]) == [1]
+    result = operands.node.meta["val"].shape
+    return [0] if alone and result[-1] == operands["input"].value.shape[-1] else []
 
 
 def _attention(operands: Operands) -> Masked:

@@ -99,6 +99,28 @@ def test_group_norm_takes_the_survivors_of_each_group():
     assert torch.allclose(result, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_a_filter_along_channels_reads_dead_ones_as_zero():
+    torch.manual_seed(0)
+    a, b = nn.Linear(4, 6), nn.Linear(6, 2)
+    slide = nn.Conv1d(1, 1, 3, padding=1)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.slide = a, b, slide
+
+        def forward(self, x):
+            return self.b(self.slide(self.a(x).unsqueeze(1)).squeeze(1))
+
+    x = inputs(3, 4)
+    removed = {"a.weight": {0: GONE}, "a.bias": {0: GONE}, "b.weight": {1: GONE}}
+    result = reference(Net(), x, removed)
+    y = F.pad(a(x).index_fill(1, torch.tensor(GONE), 0.0), (1, 1))
+    w = slide.weight[0, 0]
+    y = sum(w[k] * y[:, k : k + 6] for k in range(3)) + slide.bias
+    assert torch.allclose(result, F.linear(y[:, KEPT], *cut(b, 1)), rtol=1e-12, atol=1e-12)
+
+
 class Statistics(nn.Module):
     def __init__(self, statistic):
         super().__init__()

@@ -6,11 +6,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch import fx
 
 from pruna_ir.coupling.algebra import Algebra
 from pruna_ir.coupling.rule import Edit, Result, Rule, Site
-from pruna_ir.coupling.value import Block, Factor, Value
+from pruna_ir.coupling.value import Block, Factor, Ids, Mask, Value
+
+aten = torch.ops.aten
 
 # -- bias -------------------------------------------------------------------------
 
@@ -38,6 +42,7 @@ def _conv(site: Site) -> Result:
     transposed = bool(site.arg("transposed")) or "transpose" in str(site.node.target)
     lead = len(x.dims) - spatial - 1
     passed = [] if transposed else _passed(site, weight.sizes()[2:])
+    passed += [] if transposed else _filtered(site, x, weight)
     sliding = [lead + 1 + k for k in range(spatial) if k not in passed]
     x = site.because("slides over them").whole_dims(x, sliding)
     weight = _silent(site).whole_dims(weight, range(2, 2 + spatial))
@@ -73,6 +78,19 @@ def _passed(site: Site, kernel: Sequence[Any]) -> list[int]:
 
     settings = zip(kernel, each("stride"), each("padding"), strict=True)
     return [k for k, setting in enumerate(settings) if setting == (1, 1, 0)]
+
+
+def _filtered(site: Site, x: Value, weight: Value) -> list[int]:
+    """The dimension along which a filter of one channel runs over channels (ECA), if any.
+
+    Neighbours are those of the unpruned program: removed ones count as zeros (`_resize_conv`).
+    """
+    if site.node.target is not aten.conv1d.default or weight.sizes()[:2] != (1, 1):
+        return []
+    single = [block for block in x.blocks if block.touches(x.dims[-1])]
+    alone = all(set(block.factors) <= set(x.dims[-1]) for block in single)
+    stays = list(site.arg("stride")) == [1] and site.shape()[-1:] == x.sizes()[-1:]
+    return [0] if single and alone and stays else []
 
 
 def _silent(site: Site) -> Algebra:
@@ -120,14 +138,40 @@ def _split_dim(site: Site, value: Value, dim: int, outer: int, inner: int) -> Va
 
 def _resize_conv(edit: Edit) -> None:
     groups = int(edit.arg("groups"))
-    if groups == 1:
-        return
     x = edit.value("input")
     weight = edit.value("weight")
+    if groups == 1:
+        last = len(x.dims) - 1
+        if weight.sizes()[2:] != (1,) and x.tracked(last) and not edit.kept(x, last).all():
+            _filter_in_place(edit, edit.kept(x, last))
+        return
     lead = len(x.dims) - len(weight.dims) + 1
     before, after = edit.counts(x, lead)
     if before == groups:
         edit.update(groups=after)
+
+
+def _filter_in_place(edit: Edit, kept: Mask) -> None:
+    """Filter along channels with zeros in the places of those that are gone.
+
+    y = conv1d(x)    -->    y = conv1d([x, 0][places])[kept]
+    """
+    count = int(kept.sum())
+    places = np.where(kept, np.cumsum(kept) - 1, count)
+    known = {"before": edit.node, "like": edit.node}
+    zero = edit.rw.insert(
+        aten.constant_pad_nd.default, self=edit.arg("input"), pad=[0, 1], value=0.0, **known
+    )
+
+    def read(source: fx.Node, index: Ids) -> fx.Node:
+        tensor = edit.rw.constant(torch.from_numpy(index), "kept_index", before=edit.node)
+        return edit.rw.insert(
+            aten.index_select.default, self=source, dim=-1, index=tensor, **known
+        )
+
+    arguments = {**edit.arguments, "input": read(zero, places)}
+    whole = edit.rw.insert(aten.conv1d.default, **arguments, **known)
+    edit.replace(read(whole, np.flatnonzero(kept)))
 
 
 # -- matrix products -----------------------------------------------------------------------

@@ -189,6 +189,19 @@ def _index(site: Site) -> Result:
     return Value(dims, whole.blocks)
 
 
+def _gather(site: Site) -> Result:
+    """An index for every element of the result: the gathered dimension stays whole, the others
+    keep their channels where the index is as large."""
+    value, index = site.value("self"), site.value("index")
+    dim = site.axis("dim", len(value.dims))
+    cut = [k for k, (a, b) in enumerate(zip(value.sizes(), index.sizes(), strict=True)) if a != b]
+    stays = sorted({dim, *cut})
+    by_index = site.because("gathers them by an index")
+    value, index = by_index.whole_dims(value, stays), by_index.whole_dims(index, stays)
+    rest = value.with_dims(() if k in stays else d for k, d in enumerate(value.dims))
+    return site.algebra.elementwise([index, rest])
+
+
 # -- splitting -----------------------------------------------------------------------------
 
 
@@ -350,6 +363,7 @@ RULES: dict[str, Rule] = {
     "aten::select": Rule(_select, _resize_select),
     "aten::index_select": Rule(_index_select),
     "aten::index": Rule(_index),
+    "aten::gather": Rule(_gather),
     **{
         f"aten::{name}": Rule(_split, _resize_split)
         for name in ("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split")

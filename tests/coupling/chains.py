@@ -223,6 +223,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "im2col": lambda x: F.unfold(x, 3),
     "col2im": lambda x: F.fold(x.repeat_interleave(4, 1).flatten(2), (7, 7), 2),
     "unfold": lambda x: x.unfold(2, 3, 1),
+    "gather": lambda x: x.gather(2, (x > 0).long()),
     "grid_sampler": lambda x: F.grid_sample(x, _grid(x, 2), align_corners=False),
     "grid_sampler_2d": lambda x: aten.grid_sampler_2d(x, _grid(x, 2), 0, 0, False),  # noqa: FBT003
     "grid_sampler_3d": _volume(

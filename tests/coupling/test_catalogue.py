@@ -11,7 +11,7 @@ from tests.coupling.random_networks import CATALOGUE, Form
 from tests.coupling.test_random_networks import TOLERANCE, pruned, worst_error
 
 STAYS = {
-    "images/channel-attention": "a convolution of one channel along the channels",
+    "images/channel-attention": "one filter for all channels",
     "images/spatial-attention": "a convolution of two statistics",
     "images/prelu-one": "one slope for all channels",
     "images/fake-quantised": "one scale for all channels",

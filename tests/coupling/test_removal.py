@@ -84,6 +84,38 @@ def test_an_empty_plan_changes_nothing():
     assert applied(program, RemovalPlan({})).hash() == program.hash()
 
 
+class ChannelAttention(nn.Module):
+    """Gates from a filter that runs along the channels."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(3, 7, 3), nn.Conv2d(7, 2, 1)
+        self.filter = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        x = self.a(x)
+        gates = self.filter(x.mean((2, 3)).unsqueeze(1)).sigmoid()
+        return self.b(x * gates.transpose(1, 2).unsqueeze(-1))
+
+
+def test_a_filter_along_channels_sees_zeros_where_channels_went():
+    module = ChannelAttention()
+    x = torch.randn(2, 3, 5, 6, generator=torch.Generator().manual_seed(1))
+    gone, kept = (0, 3, 4), [1, 2, 5, 6]
+    plan = {"a.weight": {0: gone}, "a.bias": {0: gone}, "b.weight": {1: gone}}
+    small = applied(capture(module, (x,)), RemovalPlan(plan))
+    verify(small)
+    with torch.no_grad():
+        y = module.a(x)
+        y[:, list(gone)] = 0
+        gates = module.filter(y.mean((2, 3)).unsqueeze(1)).sigmoid()[:, 0, kept, None, None]
+        expected = module.b.bias.view(-1, 1, 1) + torch.einsum(
+            "oc,nchw->nohw", module.b.weight[:, kept, 0, 0], y[:, kept] * gates
+        )
+        assert torch.allclose(small(x)[0], expected, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("removed", "message"),
     [
