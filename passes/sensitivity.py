@@ -154,7 +154,7 @@ def _without(
             zeroed[consumer.node] = (consumer.source, consumer.axis, channels)
             continue
         layer, seen = layers[consumer.node], moments[consumer.node]
-        columns = columns_of(program, reading, layer, seen)
+        columns = columns_of(program, reading, layer, seen, centred=True)
         fitted = _refit(columns, columns.table[torch.from_numpy(gone)].flatten())
         shift = (columns.weight - fitted) @ seen.mean_x[0].cpu()
         old = program.tensor(str(layer.weight.target)).detach()
@@ -170,8 +170,8 @@ def _refit(columns: Columns, gone: Tensor) -> Tensor:
     stays = torch.ones(columns.weight.shape[1], dtype=torch.bool)
     stays[gone] = False
     survivors = stays.nonzero().flatten()
-    system = columns.covariance[survivors][:, survivors]
-    cross = columns.covariance[survivors][:, gone] @ columns.weight[:, gone].T
+    system = columns.moment[survivors][:, survivors]
+    cross = columns.moment[survivors][:, gone] @ columns.weight[:, gone].T
     fitted = torch.zeros_like(columns.weight)
     fitted[:, survivors] = columns.weight[:, survivors] + torch.linalg.solve(system, cross).T
     return fitted
