@@ -9,6 +9,8 @@ Limit: artifacts speak numpy, which has no bfloat16; give the program float32 in
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import fx
 
 from pruna_ir.lowering import Availability, KernelRow, LoadOptions, Lowered, Offender, Runner
 from pruna_ir.program import Program, dtype_of, module_path
@@ -76,6 +79,15 @@ class EagerRunner:
         with torch.no_grad(), _threads(self._threads):
             return [output.numpy() for output in self._program(*tensors)]
 
+    def layer_times(self, inputs: Sequence[np.ndarray[Any, Any]], runs: int) -> dict[str, float]:
+        """Milliseconds of every operator, the median over some runs, by its node's name."""
+        tensors = [torch.from_numpy(np.require(v, requirements=("C", "W"))) for v in inputs]
+        taken: dict[str, list[float]] = {}
+        with torch.no_grad(), _threads(self._threads):
+            for _ in range(runs):
+                _Timed(self._program.module, taken).run(*tensors)
+        return {name: statistics.median(times) for name, times in taken.items()}
+
     def audit(self) -> list[KernelRow]:
         """Every operator with the dtype that it computes in."""
         return [
@@ -88,6 +100,22 @@ class EagerRunner:
             for node in self._program.calls()
             if dtype_of(node) is not None
         ]
+
+
+class _Timed(fx.Interpreter):
+    """Runs a graph node by node and notes how long each call took."""
+
+    def __init__(self, module: fx.GraphModule, taken: dict[str, list[float]]) -> None:
+        super().__init__(module)
+        self._taken = taken
+
+    def run_node(self, n: fx.Node) -> Any:
+        """One node."""
+        start = time.perf_counter()
+        result = super().run_node(n)
+        if n.op == "call_function":
+            self._taken.setdefault(n.name, []).append((time.perf_counter() - start) * 1e3)
+        return result
 
 
 _KINDS = {

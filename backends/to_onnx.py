@@ -31,6 +31,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from pruna_ir.backends.onnx_profile import module_names
 from pruna_ir.errors import LoweringError, ToolchainError
 from pruna_ir.lowering import (
     MANIFEST,
@@ -133,6 +134,9 @@ def split_gemms(graph: Any) -> int:
     for node in graph.node:
         parts = _split(node, constants, dequantized, readers) if node.op_type == "Gemm" else None
         count += parts is not None
+        for part in parts or ():
+            # Whose module they are: profiles name them after it.
+            part.metadata_props.extend(node.metadata_props)
         nodes += [node] if parts is None else parts
     del graph.node[:], graph.initializer[:]
     graph.node.extend(nodes)
@@ -242,7 +246,10 @@ class OnnxRunner:
         return outputs
 
     def layer_times(self, inputs: Sequence[np.ndarray[Any, Any]], runs: int) -> dict[str, float]:
-        """Milliseconds of every node of the optimised model, from ONNX Runtime's profiler."""
+        """Milliseconds of every node of the optimised model, from ONNX Runtime's profiler.
+
+        Named ``module.path/node`` after the layer that a node was fused to, where there is one.
+        """
         with tempfile.TemporaryDirectory() as folder:
             session = self._open(profile=Path(folder) / "profile")
             feeds = dict(zip(self._names, inputs, strict=True))
@@ -254,7 +261,11 @@ class OnnxRunner:
             name, kernel = str(event["name"]), "_kernel_time"
             if event.get("cat") == "Node" and name.endswith(kernel):
                 times.setdefault(name.removesuffix(kernel), []).append(event["dur"] / 1e3)
-        return {name: statistics.median(taken) for name, taken in times.items()}
+        names, found = module_names(self._path, times), dict[str, float]()
+        for name, taken in times.items():
+            own = names.get(name, name)
+            found[own] = found.get(own, 0.0) + statistics.median(taken)
+        return found
 
     def audit(self) -> list[KernelRow]:
         """What stands in the model as ONNX Runtime optimised it for this machine."""

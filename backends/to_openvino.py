@@ -240,7 +240,7 @@ def convert(program: Program) -> Any:
             model = ov.convert_model(decoder, extension=[_extension()])
     except Exception as error:
         raise LoweringError(f"OpenVINO refuses the program: {_first_lines(error)}") from error
-    _name_layers(model, origins(program, decoder.pt_module.graph))
+    _name_layers(model, program, decoder.pt_module.graph)
     _shape_inputs(model, program)
     separate_single_pixels(model)
     for output, spec in zip(model.outputs, program.outputs, strict=True):
@@ -348,15 +348,16 @@ def _offender(origin: fx.Node | None, name: str, operator: str) -> Offender:
     return Offender.of(origin, f"OpenVINO has no rule for it{through}")
 
 
-def _name_layers(model: Any, behind: Mapping[str, fx.Node]) -> None:
-    """Name operations after the user's module, so that audits speak the user's language."""
+def _name_layers(model: Any, program: Program, graph: fx.Graph) -> None:
+    """Name operations after the user's module and the program's node, for audits and profiles."""
+    behind = origins(program, graph)
+    calls = {node.name: node for node in graph.nodes if node.op == "call_function"}
     for op in model.get_ops():
         own, _, rest = op.get_friendly_name().partition("/")
-        origin = behind.get(own)
-        if origin is not None and rest:
-            path = module_path(origin)
-            kind = op.get_type_name()
-            op.set_friendly_name(f"{path}/{own}/{kind}" if path else f"{own}/{kind}")
+        if own in calls and rest:
+            origin = behind.get(own, calls[own])
+            parts = (module_path(calls[own]), origin.name, op.get_type_name())
+            op.set_friendly_name("/".join(part for part in parts if part))
 
 
 # -- the vendor's package ----------------------------------------------------------------------

@@ -19,7 +19,7 @@ from torch import fx
 
 from pruna_ir.decompose import decompose
 from pruna_ir.errors import LoweringError, UsageError
-from pruna_ir.program import DimRange, Program, TensorSpec
+from pruna_ir.program import DimRange, Program, TensorSpec, module_path
 
 BATCH = "batch"
 
@@ -159,13 +159,14 @@ def _restore_ranges(
 def origins(program: Program, graph: fx.Graph) -> dict[str, fx.Node]:
     """The program's call behind each node of a graph that was exported or decomposed from it.
 
-    Nodes that no call of the program stands behind are left out.
+    Nodes that no call of the program stands behind are left out. Names are given anew at every
+    export, so a name counts only where the user's module is the same.
     """
     ours = {node.name: node for node in program.calls()}
     found: dict[str, fx.Node] = {}
     for node in graph.nodes:
         for name in _ancestry(node):
-            if name in ours:
+            if name in ours and module_path(ours[name]) in (module_path(node), ""):
                 found[node.name] = ours[name]
     return found
 

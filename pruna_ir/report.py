@@ -4,7 +4,9 @@ Per pass: whether it changed anything, nodes, parameters, FLOPs and bytes after 
 its check with the measured error, accuracy where there are labels, and seconds. Per artifact:
 size on disk, FLOPs, accuracy, latency and speed-up over the original in the same run, the
 certificate's verdict with its measured error, and how many layers truly run on integers. Per
-weight with zeros: their pattern and share, and what each target makes of them.
+weight with zeros: their pattern and share, and what each target makes of them. Per layer of a
+program that computes less than the original: FLOPs and time before and after, and whether the
+time followed.
 """
 
 from __future__ import annotations
@@ -73,6 +75,44 @@ class LatencyRow:
     speedup: float | None
 
 
+FASTER = 1.1
+"""The least speed-up of a layer that counts as one."""
+OTHER = "(everything else)"
+SHOWN_LAYERS = 12
+"""How many layers are shown as text beside those that did not speed up; JSON holds all."""
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer before and after; FLOPs at batch 1, times in milliseconds.
+
+    Attributes:
+        layer: the path of the user's module; the node's name where it has none.
+        operator: what it computes.
+        flops: before.
+        new_flops: after.
+        time: before.
+        new_time: after.
+    """
+
+    layer: str
+    operator: str
+    flops: int
+    new_flops: int
+    time: float
+    new_time: float
+
+    @property
+    def speedup(self) -> float:
+        """Time before over time after."""
+        return self.time / self.new_time if self.new_time > 0 else float("inf")
+
+    @property
+    def slow(self) -> bool:
+        """Whether the layer computes less but is not faster."""
+        return self.new_flops < self.flops and self.speedup < FASTER
+
+
 @dataclass(frozen=True)
 class ArtifactRow:
     """One artifact, or why there is none.
@@ -94,6 +134,8 @@ class ArtifactRow:
         audit: for each kind of layer, how many run in each precision.
         warnings: of the backend.
         note: why figures are missing.
+        layers: FLOPs and time of each layer in the original and in this artifact, where the
+            program computes less than the original and the runtime has a profiler.
     """
 
     target: str
@@ -112,6 +154,7 @@ class ArtifactRow:
     audit: dict[str, dict[str, int]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     note: str = ""
+    layers: tuple[LayerRow, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -146,8 +189,13 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values; what is not finite becomes a string."""
-        plain: dict[str, Any] = _plain(asdict(self))
-        return plain
+        plain = asdict(self)
+        for shown, row in zip(plain["artifacts"], self.artifacts, strict=True):
+            for cells, layer in zip(shown["layers"], row.layers, strict=True):
+                cells |= {"speedup": layer.speedup, "slow": layer.slow}
+            shown["slow_layers"] = [layer.layer for layer in row.layers if layer.slow]
+        result: dict[str, Any] = _plain(plain)
+        return result
 
 
 def _plain(value: Any) -> Any:
@@ -166,6 +214,7 @@ def tables(report: Report) -> list[Table]:
     found = [_steps(report)]
     if report.artifacts:
         found += [_artifacts(report), _verification(report)]
+        found += [_layers(row) for row in report.artifacts]
     if report.sparsity:
         found += [_sparsity(report), _uses(report)]
     return [_without_empty(table) for table in found if table[2]]
@@ -225,6 +274,51 @@ def _artifact(row: ArtifactRow) -> list[Cell]:
 def _verification(report: Report) -> Table:
     rows = [[row.target, row.verdict, row.verification, row.note] for row in report.artifacts]
     return "verification", ("target", "verdict", "what was compared", "note"), rows
+
+
+def _layers(row: ArtifactRow) -> Table:
+    """The layers that take most time, and all that did not speed up."""
+    ordered = sorted(row.layers, key=lambda layer: -layer.new_time)
+    shown = [layer for i, layer in enumerate(ordered) if i < SHOWN_LAYERS or layer.slow]
+    title, columns, rows = layer_table(row.target, shown)
+    known = sum(layer.layer != OTHER for layer in row.layers)
+    hidden = len(row.layers) - len(shown)
+    more = f"; report.json has {hidden} more" if hidden else ""
+    return f"{title} ({known}{more})", columns, rows
+
+
+def layer_table(target: str, rows: Iterable[LayerRow]) -> Table:
+    """Layers as a table, the slowest after optimisation first."""
+    columns = ("layer", "operator", "FLOPs", "after", "ms", "after", "speed-up", "remark")
+    cells = [
+        [
+            row.layer,
+            row.operator,
+            quantity(row.flops) if row.flops else "",
+            quantity(row.new_flops) if row.flops else "",
+            f"{row.time:.3f}",
+            f"{row.new_time:.3f}",
+            f"{row.speedup:.2f}x",
+            "did not speed up" if row.slow else "",
+        ]
+        for row in sorted(rows, key=lambda row: -row.new_time)
+    ]
+    return f"layers in {target}", columns, cells
+
+
+def slow_layers(row: ArtifactRow) -> str:
+    """A line that names the layers whose FLOPs fell and whose time did not; empty for none."""
+    slow = [layer.layer for layer in row.layers if layer.slow]
+    fewer = sum(layer.new_flops < layer.flops for layer in row.layers)
+    if not slow:
+        return ""
+    return f"{row.target}: of {fewer} layers with fewer FLOPs, {len(slow)} did not speed up: " + (
+        ", ".join(slow)
+    )
+
+
+def _notes(report: Report) -> list[str]:
+    return [*report.notes, *filter(None, map(slow_layers, report.artifacts))]
 
 
 def _sparsity(report: Report) -> Table:
@@ -292,7 +386,7 @@ def _without_empty(table: Table) -> Table:
 def plain_text(report: Report) -> str:
     """The report in aligned columns, for files and pipes."""
     parts = [aligned(table) for table in tables(report)]
-    return "\n\n".join([*parts, *(f"note: {note}" for note in report.notes)]) + "\n"
+    return "\n\n".join([*parts, *(f"note: {note}" for note in _notes(report))]) + "\n"
 
 
 def aligned(table: Table) -> str:
@@ -315,7 +409,7 @@ def aligned(table: Table) -> str:
 
 def rich_text(report: Report, width: int) -> str:
     """The report as tables for a terminal of this many columns, with its escape codes."""
-    notes = (f"[bold]note:[/bold] {note}" for note in report.notes)
+    notes = (f"[bold]note:[/bold] {note}" for note in _notes(report))
     return rich_tables(tables(report), width, notes)
 
 

@@ -10,8 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pruna_ir.report import (
+    OTHER,
+    SHOWN_LAYERS,
     ArtifactRow,
     LatencyRow,
+    LayerRow,
     Report,
     Size,
     StepRow,
@@ -85,6 +88,47 @@ def test_json_holds_everything_and_no_infinity() -> None:
     assert plain["artifacts"][0]["measured"] == "inf"
     assert plain["artifacts"][0]["latency"]["speedup"] == 2.0
     assert plain["steps"][0]["size"] == {"flops": 2000000, "parameters": 11700, "bytes": 46800}
+
+
+LAYERS = tuple(
+    LayerRow(f"layer{i}", "conv2d", 4_000_000, 1_000_000, time=4.0, new_time=2.0 + i)
+    for i in range(SHOWN_LAYERS + 1)
+)
+
+
+def test_layers_show_flops_against_time_and_name_the_slow() -> None:
+    rows = (*LAYERS[:2], replace(LAYERS[2], new_time=3.75), LayerRow(OTHER, "", 0, 0, 0.5, 0.75))
+    report = replace(REPORT, artifacts=(replace(ARTIFACT, layers=rows),))
+    assert (
+        "layers in onnx (3):\n"
+        "  layer              operator  FLOPs  after  ms     after  speed-up  remark\n"
+        "  layer2             conv2d    4M     1M     4.000  3.750  1.07x     did not speed up\n"
+        "  layer1             conv2d    4M     1M     4.000  3.000  1.33x\n"
+        "  layer0             conv2d    4M     1M     4.000  2.000  2.00x\n"
+        "  (everything else)                          0.500  0.750  0.67x\n"
+    ) in plain_text(report)
+    said = "note: onnx: of 3 layers with fewer FLOPs, 1 did not speed up: layer2\n"
+    assert plain_text(report).endswith(said)
+    assert said.removeprefix("note: ").strip() in rich_text(report, 400)
+    plain = report.to_json()["artifacts"][0]
+    assert plain["slow_layers"] == ["layer2"]
+    assert [layer["slow"] for layer in plain["layers"]] == [False, False, True, False]
+    assert plain["layers"][0] == {
+        "layer": "layer0", "operator": "conv2d", "flops": 4_000_000, "new_flops": 1_000_000,
+        "time": 4.0, "new_time": 2.0, "speedup": 2.0, "slow": False,
+    }  # fmt: skip
+
+
+def test_text_leaves_fast_layers_out_but_never_a_slow_one() -> None:
+    # All but layer0 and layer1 are slow; layer0 takes least.
+    shown = plain_text(replace(REPORT, artifacts=(replace(ARTIFACT, layers=LAYERS),)))
+    assert f"layers in onnx ({SHOWN_LAYERS + 1}; report.json has 1 more):" in shown
+    assert [row.slow for row in LAYERS[:3]] == [False, False, True]
+    assert " layer0 " not in shown
+    assert all(f" {row.layer} " in shown for row in LAYERS[1:])
+    quick = replace(LAYERS[0], layer="quick", new_time=0.1, time=0.1)
+    shown = plain_text(replace(REPORT, artifacts=(replace(ARTIFACT, layers=(*LAYERS, quick)),)))
+    assert " quick " in shown
 
 
 def test_integers_counts_what_computes() -> None:

@@ -15,13 +15,15 @@ from pruna_ir.cli.accuracy import runner_accuracy
 from pruna_ir.cli.console import Console
 from pruna_ir.cli.exit_codes import NOT_VERIFIED
 from pruna_ir.cli.passes import size_of
+from pruna_ir.cost import cost
 from pruna_ir.data import TensorData
 from pruna_ir.errors import PrunaError, ToolchainError, VerificationError
 from pruna_ir.latency import Latency, measure
-from pruna_ir.lowering import LoadOptions, Runner, Verdict
+from pruna_ir.layer_latency import compare_layers, profile
+from pruna_ir.lowering import LoadOptions, ProfiledRunner, Runner, Verdict
 from pruna_ir.program import Program
 from pruna_ir.reexport import resized
-from pruna_ir.report import ArtifactRow, LatencyRow
+from pruna_ir.report import ArtifactRow, LatencyRow, LayerRow
 from pruna_ir.transform import Context
 
 BUDGET = 10.0  # seconds of measuring per artifact
@@ -97,7 +99,23 @@ class Workshop:
                 row,
                 original_bytes=baseline.size(),
                 latency=_latency(found["optimised"], found["original"]),
+                layers=self._layers((baseline, artifact), (self.original, program)),
             )
+
+    def _layers(
+        self, artifacts: tuple[Artifact, Artifact], programs: tuple[Program, Program]
+    ) -> tuple[LayerRow, ...]:
+        """Every layer's FLOPs and time before and after, where the program computes less."""
+        before, after = programs
+        if cost(after).flops >= cost(before).flops:
+            return ()
+        options = LoadOptions(threads=self.args.threads, profile=True)
+        runners = [artifact.load(options) for artifact in artifacts]
+        profiled = [runner for runner in runners if isinstance(runner, ProfiledRunner)]
+        if len(profiled) < len(runners):
+            return ()
+        inputs = [self._inputs(a, p) for a, p in zip(artifacts, programs, strict=True)]
+        return tuple(compare_layers(before, after, *profile(profiled, inputs)))
 
     @contextmanager
     def _baseline(self, target: str) -> Iterator[tuple[Artifact | None, str]]:

@@ -13,7 +13,6 @@ a speed-up is below ``--least``.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable
@@ -26,15 +25,13 @@ from pruna_ir.build import Artifact, build
 from pruna_ir.capture import capture
 from pruna_ir.cost import cost
 from pruna_ir.latency import measure
-from pruna_ir.layer_latency import compare_layers, layer_table
+from pruna_ir.layer_latency import compare_layers, profile
 from pruna_ir.lowering import LoadOptions, ProfiledRunner
 from pruna_ir.pipeline import Pipeline
 from pruna_ir.program import Program
-from pruna_ir.report import aligned, quantity
+from pruna_ir.report import aligned, layer_table, quantity
 
 TARGETS = ("openvino", "onnx")
-ROUNDS = 15
-"""Profiled rounds of three runs each."""
 
 
 def programs(name: str, size: int, ratio: float) -> tuple[Program, Program]:
@@ -61,16 +58,10 @@ def call(artifact: Artifact, inputs: list[np.ndarray], threads: int) -> Callable
 def profiles(
     artifacts: tuple[Artifact, Artifact], inputs: list[np.ndarray], threads: int
 ) -> list[dict[str, float]]:
-    """Milliseconds a layer of each artifact: medians over rounds that take turns."""
+    """Milliseconds a layer of each artifact, in turns."""
     runners = [a.load(LoadOptions(threads=threads, profile=True)) for a in artifacts]
-    taken: list[dict[str, list[float]]] = [{}, {}]
-    for number in range(ROUNDS + 1):
-        for runner, rows in zip(runners, taken, strict=True):
-            assert isinstance(runner, ProfiledRunner)
-            for name, spent in runner.layer_times(inputs, 3).items():
-                # The first round warms up.
-                rows.setdefault(name, []).extend([spent] if number else [])
-    return [{name: statistics.median(found) for name, found in rows.items()} for rows in taken]
+    profiled = [runner for runner in runners if isinstance(runner, ProfiledRunner)]
+    return profile(profiled, [inputs] * 2, budget_s=30.0)
 
 
 def compare(target: str, pair: tuple[Program, Program], arguments: argparse.Namespace) -> bool:

@@ -60,6 +60,31 @@ def test_the_report_measures_steps_and_artifacts(opt: Opt, tmp_path: Path) -> No
     assert artifact["bytes"] > 0
 
 
+def test_the_report_of_a_pruned_program_holds_every_layers_flops_and_time(
+    opt: Opt, tmp_path: Path
+) -> None:
+    text = "canonicalize,prune-channels{ratio=0.5},fold-batch-norm"
+    ran = opt("run", "net.py:make", "-p", text, "--target", "eager", "--target", "onnx",
+              "-o", "out", "--json", *QUICK)  # fmt: skip
+    assert ran.code == 0, ran.err
+    for artifact in json.loads((tmp_path / "out" / "report.json").read_text())["artifacts"]:
+        layers = {row["layer"]: row for row in artifact["layers"]}
+        assert list(layers) == ["conv", "head", "(everything else)"]
+        # Half of the six channels are gone: outputs of one layer, inputs of the other.
+        assert layers["conv"]["flops"] == 2 * layers["conv"]["new_flops"] == 2 * 6 * 9 * 35
+        assert layers["head"]["flops"] == 2 * layers["head"]["new_flops"] == 2 * 3 * 6
+        assert layers["conv"]["time"] > 0
+        assert artifact["slow_layers"] == [name for name, row in layers.items() if row["slow"]]
+
+
+def test_layers_are_timed_only_where_flops_fell_and_latency_is_measured(opt: Opt) -> None:
+    prune = f"{PASSES},prune-channels{{ratio=0.5}}"
+    for text, repeats in ((PASSES, "3"), (prune, "0")):
+        report = opt("run", "net.py:make", "-p", text, "--target", "eager", "-o", "out", "--json",
+                     "--repeats", repeats).json()  # fmt: skip
+        assert report["artifacts"][0]["layers"] == []
+
+
 def test_accuracy_per_step_and_artifact(opt: Opt, tmp_path: Path) -> None:
     x = np.random.default_rng(0).normal(size=(13, 1, 7, 5)).astype(np.float32)
     opt("run", "net.py:make", "-o", "first")
