@@ -39,7 +39,6 @@ from pruna_ir.passes.scored_members import (
     per_index,
     per_unit,
     producers,
-    squares_per_index,
     unit_rows,
 )
 
@@ -58,7 +57,7 @@ def l1(candidates: Candidates) -> list[Parts]:
     """The sum of absolute weights."""
     return [
         [
-            per_unit(per_index(_weight(candidates, member.tensor).abs(), member.dim), member)
+            per_unit(per_index(_weight(candidates, member.tensor), member.dim, torch.abs), member)
             for member in producers(candidates.program, group)
         ]
         for group in candidates.groups
@@ -71,7 +70,7 @@ def l2(candidates: Candidates) -> list[Parts]:
         [
             np.sqrt(
                 per_unit(
-                    squares_per_index(_weight(candidates, member.tensor), member.dim),
+                    per_index(_weight(candidates, member.tensor), member.dim, torch.square),
                     member,
                 )
             )

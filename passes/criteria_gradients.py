@@ -57,7 +57,6 @@ from pruna_ir.passes.scored_members import (
     parameters,
     per_index,
     per_unit,
-    squares_per_index,
 )
 from pruna_ir.training import trainable
 
@@ -136,7 +135,7 @@ def _curvature(candidates: Candidates, *, sampled: bool) -> list[Parts]:
         for name, (weight, slope) in _slopes(module, names, loss).items():
             saliency = weight * slope
             for dim in names[name]:
-                evidence.add(f"{name}[{dim}]", squares_per_index(saliency, dim))
+                evidence.add(f"{name}[{dim}]", per_index(saliency, dim, torch.square))
         evidence.add("samples", torch.tensor(1))
     evidence.over_ranks()
     share = 0.5 / int(evidence["samples"])
@@ -146,7 +145,7 @@ def _curvature(candidates: Candidates, *, sampled: bool) -> list[Parts]:
 def gradient(candidates: Candidates) -> list[Parts]:
     """The magnitude of the mean gradient."""
     members, mean = _mean_gradient(candidates)
-    return _parts(members, lambda m: per_index(mean[m.tensor].abs(), m.dim))
+    return _parts(members, lambda m: per_index(mean[m.tensor], m.dim, torch.abs))
 
 
 def snip(candidates: Candidates) -> list[Parts]:

@@ -28,8 +28,9 @@ from typing import ClassVar
 import numpy as np
 from torch import fx
 
-from pruna_ir.coupling import ATTENTION, Coupling, Group, couple, remove
+from pruna_ir.coupling import ATTENTION, Coupling, Group, couple
 from pruna_ir.coupling.kinds import HEADS, KINDS, kinds_of
+from pruna_ir.coupling.removal import remove_units
 from pruna_ir.errors import UsageError
 from pruna_ir.masked_reference import MaskedOracle
 from pruna_ir.passes.budgets import COUNTED, Counted, budget
@@ -189,7 +190,7 @@ class PruneChannels(Pass):
             if count:
                 rw.applied(readers[_producer(candidate.group)], _what_went(candidate, count))
         origin = origin_of(rw.before, plan)
-        remove(rw, coupling, plan)
+        remove_units(rw, coupling, gone)
         rw.promise(MaskedOracle(plan.removed))
         rw.set_origin(origin)
         if self.save_plan:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pruna_ir.coupling import Coupling, RemovalPlan, remove
+from pruna_ir.coupling import Coupling, RemovalPlan
+from pruna_ir.coupling.removal import remove_units
 from pruna_ir.coupling.value import Ids
 from pruna_ir.errors import UsageError
 from pruna_ir.passes.selection import Mask, Scores
@@ -24,7 +25,7 @@ def without(rw: Rewrite, coupling: Coupling, gone: Mask) -> Program:
         gone: per unit, whether it is removed.
     """
     side = Rewrite(rw.before, "remove", rw.context)
-    remove(side, coupling, coupling.plan(np.flatnonzero(gone)))
+    remove_units(side, coupling, gone)
     return side.finish()
 
 

@@ -10,7 +10,7 @@ A tensor that goes by several names (tied weights) counts once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,6 +25,9 @@ from pruna_ir.sparse_layouts import masked
 from pruna_ir.transform import Context
 
 aten = torch.ops.aten
+
+Elementwise = Callable[[torch.Tensor], torch.Tensor]
+"""A function of every element by itself."""
 
 Scores = np.ndarray[Any, np.dtype[np.float64]]
 """One number a unit, [units]."""
@@ -92,28 +95,27 @@ def once(program: Program, members: Iterable[Member]) -> list[Member]:
     return list(seen.values())
 
 
-def per_index(entries: torch.Tensor, dim: int) -> torch.Tensor:
-    """The sum of a tensor's entries at each index of one dimension, [size] in float64.
+def per_index(entries: torch.Tensor, dim: int, of: Elementwise | None = None) -> torch.Tensor:
+    """The sum of ``of(entries)`` at each index of one dimension, [size] in float64.
 
-    >>> per_index(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 1)
+    Computed in float64, part by part: no copy of the tensor is made.
+
+    >>> per_index(torch.tensor([[1.0, 2.0], [3.0, -4.0]]), 1, torch.abs)
     tensor([4., 6.], dtype=torch.float64)
     """
+    if entries.dim() < 2:
+        return of(entries.double()) if of else entries.double()
+    rows = max(_PART * len(entries) // max(entries.numel(), 1), 1)
     others = [k for k in range(entries.dim()) if k != dim]
-    return entries.sum(others, dtype=torch.float64) if others else entries.double()
+    sums = []
+    for part in torch.split(entries, rows):
+        exact = part.double()
+        sums.append((of(exact) if of else exact).sum(others))
+    return torch.cat(sums) if dim == 0 else torch.stack(sums).sum(0)
 
 
-def squares_per_index(entries: torch.Tensor, dim: int) -> torch.Tensor:
-    """The sum of squared entries at each index of one dimension, [size] in float64.
-
-    >>> squares_per_index(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), 0)
-    tensor([25.,  4.], dtype=torch.float64)
-    """
-    others = [k for k in range(entries.dim()) if k != dim]
-    if not others:
-        return entries.double().square()
-    # The norm squares in float64 as it reads, without a copy of the entries.
-    norms: torch.Tensor = torch.linalg.vector_norm(entries, 2, others, dtype=torch.float64)
-    return norms.square()
+_PART = 2**16
+"""Elements that are summed at once: few enough to stay in a core's cache as float64."""
 
 
 def per_unit(each: torch.Tensor, member: Member) -> Scores:

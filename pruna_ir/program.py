@@ -15,12 +15,14 @@ import copy
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import fx
 
 from pruna_ir.errors import InvalidIRError, UsageError
+from pruna_ir.lazy_module import LazyGraphModule
 from pruna_ir.tensor_cache import TensorCache
 
 Size = int | str
@@ -127,9 +129,12 @@ class Program:
         Raises:
             UsageError: the program has no tensor of that name.
         """
-        value: Any = self.module
-        for part in target.split("."):
-            value = getattr(value, part, None)
+        path, _, leaf = target.rpartition(".")
+        owner: Any = self.module
+        for part in path.split(".") if path else ():
+            # Straight from the table: the attribute look-up of modules is slow.
+            owner = owner._modules.get(part) if isinstance(owner, torch.nn.Module) else None
+        value = getattr(owner, leaf, None)
         if not isinstance(value, torch.Tensor):
             raise UsageError(f"the program has no tensor named '{target}'")
         return value
@@ -144,7 +149,7 @@ class Program:
     def fork(self) -> Program:
         """A program with its own nodes that shares every tensor with this one."""
         graph = copy.deepcopy(self.graph)
-        return replace(self, module=fx.GraphModule(self.module, graph, class_name="Program"))
+        return replace(self, module=LazyGraphModule(self.module, graph, "Program"))
 
     def bind(self, inputs: Iterable[torch.Tensor], named: Mapping[str, torch.Tensor]) -> list[
         torch.Tensor
@@ -286,11 +291,14 @@ def source_line(node: fx.Node) -> str:
 
     Frames inside torch itself are passed over: they are never what the user can change.
     """
-    frames = [
-        line.strip()
-        for line in str(node.meta.get("stack_trace") or "").splitlines()
-        if line.strip().startswith("File ")
-    ]
+    return _innermost(str(node.meta.get("stack_trace") or ""))
+
+
+@lru_cache(maxsize=4096)
+def _innermost(stack_trace: str) -> str:
+    """The innermost of the user's own frames; repeated layers have equal stack traces."""
+    lines = stack_trace.splitlines()
+    frames = [line.strip() for line in lines if line.lstrip().startswith("File ")]
     own = [f for f in frames if "/torch/" not in f.replace("\\", "/")] or frames
     if not own:
         return ""

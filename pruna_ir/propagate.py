@@ -49,6 +49,40 @@ def propagated(program: Program, node: fx.Node, mode: FakeTensorMode) -> Any:
         ) from error
 
 
+class EqualCalls:
+    """Propagation that runs equal calls on the same values once: layers repeat."""
+
+    def __init__(self, program: Program, mode: FakeTensorMode) -> None:
+        self._program, self._mode = program, mode
+        self._known: dict[Any, tuple[list[Any], Any]] = {}
+
+    def propagated(self, node: fx.Node) -> Any:
+        """What the function `propagated` gives.
+
+        Raises:
+            InvalidIRError: the operator refuses its operands.
+        """
+        if node.op != "call_function":
+            return propagated(self._program, node, self._mode)
+        key = (node.target, _identity(node.args), _identity(tuple(node.kwargs.items())))
+        if key not in self._known:
+            # The operands are kept, so that no other value gets their identity.
+            operands = [operand.meta["val"] for operand in node.all_input_nodes]
+            self._known[key] = operands, propagated(self._program, node, self._mode)
+        return self._known[key][1]
+
+
+def _identity(argument: Any) -> Any:
+    """Equal for arguments that are the same values, of the same types."""
+    if isinstance(argument, fx.Node):
+        value = argument.meta["val"]
+        return value.node.expr if isinstance(value, torch.SymInt) else ("value", id(value))
+    if isinstance(argument, (list, tuple)):
+        return tuple(map(_identity, argument))
+    # 1, 1.0 and True are equal but not the same.
+    return type(argument), repr(argument)
+
+
 def resized_value(value: torch.Tensor, sizes: Sequence[int | torch.SymInt]) -> torch.Tensor:
     """A fake tensor like another one, of known sizes; nothing is propagated."""
     if not isinstance(value, FakeTensor):

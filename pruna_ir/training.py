@@ -52,7 +52,7 @@ def switched(program: Program, *, train: bool) -> Program:
     """
     fork = program.fork()
     _switch(fork.graph, train=train)
-    return replace(fork, module=fx.GraphModule(fork.module, fork.graph, class_name="Program"))
+    return fork
 
 
 def _switch(graph: fx.Graph, *, train: bool) -> None:

@@ -19,9 +19,10 @@ from torch import fx
 
 from pruna_ir.call import Call, bind_arguments, unbind_arguments
 from pruna_ir.errors import PassError
+from pruna_ir.lazy_module import LazyGraphModule
 from pruna_ir.printer import print_node
 from pruna_ir.program import Applied, Origin, Program, module_path, source_line
-from pruna_ir.propagate import fake_mode, propagated, same_value
+from pruna_ir.propagate import EqualCalls, fake_mode, propagated, same_value
 from pruna_ir.spec import print_pass
 
 if TYPE_CHECKING:
@@ -160,10 +161,10 @@ class Rewrite:
         self._scope = scope
         self._mode = fake_mode(self.program)
         self._stale: set[fx.Node] = set()
-        self._taken: set[str] = set(self.program.tensors())
         self._reads: dict[str, list[fx.Node]] = {}
         for node in self.program.graph.find_nodes(op="get_attr"):
             self._reads.setdefault(str(node.target), []).append(node)
+        self._taken = set(self._reads)
 
     # -- reading ---------------------------------------------------------------------------
 
@@ -386,7 +387,7 @@ class Rewrite:
         """The rewritten program: dead nodes removed, shapes propagated, code compiled."""
         remove_dead_nodes(self.graph)
         self.refresh()
-        module = fx.GraphModule(self.program.module, self.graph, class_name="Program")
+        module = LazyGraphModule(self.program.module, self.graph, "Program")
         return replace(self.program, module=module, origin=self._origin)
 
     def state(self, values: Mapping[fx.Node, Any]) -> None:
@@ -404,9 +405,10 @@ class Rewrite:
         """Propagate shapes from every changed node to all that depend on it."""
         if not self._stale:
             return
+        known = EqualCalls(self.program, self._mode)
         for node in self.graph.nodes:
             if node in self._stale and node.op != "output":
-                fresh = propagated(self.program, node, self._mode)
+                fresh = known.propagated(node)
                 if not same_value(node.meta["val"], fresh):
                     node.meta["val"] = fresh
                     self._stale.update(node.users)

@@ -154,6 +154,7 @@ class Algebra:
             if any(f in b.factors() for f in a.dims[x]) or any(
                 f in a.factors() for f in b.dims[y]
             ):
+                a = a.split({f: (Factor(f.size),) for f in a.dims[x]})
                 b = b.split({f: (Factor(f.size),) for f in b.dims[y]})
             parts = common_parts(a.dims[x], b.dims[y])
             if parts is None:

@@ -102,14 +102,21 @@ class Coupling:
 
     def _plan(self, gone: Mask) -> RemovalPlan:
         removed: dict[str, dict[int, tuple[int, ...]]] = {}
+        for name, dim, indices in self.lost(gone):
+            removed.setdefault(name, {})[dim] = tuple(indices.tolist())
+        return RemovalPlan(removed)
+
+    def lost(self, gone: Mask) -> Iterator[tuple[str, int, Ids]]:
+        """The (tensor, dimension, indices) that go with units, for dimensions that lose any.
+
+        Args:
+            gone: per unit, whether it is removed.
+        """
+        of_id = gone[self.solved.unit]
         for name, dims in self.tensors.items():
             for dim, ids in enumerate(dims):
-                if ids is None:
-                    continue
-                indices = np.flatnonzero(gone[self.solved.unit[ids]])
-                if indices.size:
-                    removed.setdefault(name, {})[dim] = tuple(indices.tolist())
-        return RemovalPlan(removed)
+                if ids is not None and (indices := np.flatnonzero(of_id[ids])).size:
+                    yield name, dim, indices
 
     def emptied(self, gone: Mask) -> list[tuple[str, Ids]]:
         """The nodes (with the units of their channels) of which removal would leave nothing.
@@ -117,12 +124,12 @@ class Coupling:
         Args:
             gone: per unit, whether it is removed.
         """
-        found = []
-        for node, ids in self.blocks:
-            units = self.solved.unit[ids]
-            if units.size and gone[units].all():
-                found.append((node, np.unique(units)))
-        return found
+        of_id = gone[self.solved.unit]
+        return [
+            (node, np.unique(self.solved.unit[ids]))
+            for node, ids in self.blocks
+            if ids.size and of_id[ids].all()
+        ]
 
 
 def couple(program: Program, attention: str = "heads") -> Coupling:
@@ -278,30 +285,34 @@ def _keep_rectangular(
     values: Mapping[fx.Node, Result], links: Links
 ) -> tuple[tuple[str, Ids], ...]:
     """Products for the blocks that span dimensions; returns every block's node and ids."""
-    seen: dict[tuple[int, ...], None] = {}
+    seen: set[tuple[int, ...]] = set()
     blocks: list[tuple[str, Ids]] = []
     for node, result in values.items():
-        for block, owners in _owned_blocks(result):
-            if (id(block), *owners) in seen:
-                continue
-            seen[(id(block), *owners)] = None
-            grouped = _by_dimension(block, owners)
-            if grouped.ndim > 1:
-                links.product(grouped)
-            blocks.append((node.name, block.ids.ravel()))
+        for value in result if isinstance(result, tuple) else (result,):
+            for block in value.blocks:
+                key = id(block), *_owners(value, block)
+                if key in seen:
+                    continue
+                seen.add(key)
+                grouped = _by_dimension(block, key[1:])
+                if grouped.ndim > 1:
+                    links.product(grouped)
+                blocks.append((node.name, block.ids.ravel()))
     return tuple(blocks)
 
 
-def _owned_blocks(result: Result) -> Iterator[tuple[Block, tuple[int, ...]]]:
-    """Every block of a result, with the dimension that each of its factors belongs to."""
-    for value in result if isinstance(result, tuple) else (result,):
-        owner = {factor: k for k, dim in enumerate(value.dims) for factor in dim}
-        for block in value.blocks:
-            yield block, tuple(owner[factor] for factor in block.factors)
+def _owners(value: Value, block: Block) -> tuple[int, ...]:
+    """The dimension that each of a block's factors belongs to."""
+    if len(block.factors) == 1:
+        return (0,)
+    owner = {factor: k for k, dim in enumerate(value.dims) for factor in dim}
+    return tuple(owner[factor] for factor in block.factors)
 
 
 def _by_dimension(block: Block, owners: tuple[int, ...]) -> Ids:
     """The ids of a block with one axis a dimension."""
+    if len(owners) == 1:
+        return block.ids
     order = sorted(range(len(owners)), key=lambda k: owners[k])
     ids = block.ids.transpose(order)
     sizes: dict[int, int] = {}
@@ -316,56 +327,68 @@ def _by_dimension(block: Block, owners: tuple[int, ...]) -> Ids:
 def _groups(coupling: Coupling) -> tuple[Group, ...]:
     solved = coupling.solved
     places = [
-        (name, dim, ids)
+        (name, dim, ids, solved.unit[ids])
         for name, dims in coupling.tensors.items()
         for dim, ids in enumerate(dims)
         if ids is not None
     ]
-    signature = _signatures([solved.unit[ids] for _, _, ids in places], len(solved.frozen))
-    kept = ~solved.frozen | (solved.reason >= 0)
-    label = np.stack([*signature.T, solved.reason.astype(np.uint64)], axis=1)
-    _, group = np.unique(label, axis=0, return_inverse=True)
-    group = np.where(kept, group.reshape(-1), -1)
+    group = _numbers(solved, [unit for *_, unit in places])
     members: dict[int, list[Member]] = {}
-    units: dict[int, Ids] = {}
-    for name, dim, ids in places:
-        for number, indices, which in _by_group(solved.unit[ids], group):
-            order = units.setdefault(number, which)
-            aligned = indices[np.argsort(which)][np.argsort(np.argsort(order))]
+    order: dict[int, Ids] = {}
+    known: dict[bytes, list[tuple[int, Ids]]] = {}
+    for name, dim, ids, unit in places:
+        # A layer's weight, norm and readers have the same units in the same places.
+        same = unit.tobytes()
+        if same not in known:
+            known[same] = list(_aligned(unit, group, order))
+        for number, indices in known[same]:
             produced = bool(solved.produced[ids[indices[0, 0]]])
-            members.setdefault(number, []).append(Member(name, dim, aligned, produced))
+            members.setdefault(number, []).append(Member(name, dim, indices, produced))
     return tuple(
-        Group(units[number], tuple(members[number]), _reason(solved, units[number]))
-        for number in units
+        Group(units, tuple(members[number]), _reason(solved, units))
+        for number, units in order.items()
     )
 
 
-def _signatures(units: list[Ids], count: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """128 bits a unit that are equal where the units have equal members."""
-    # A fixed random number a member: sums of counts * numbers tell multisets of members apart.
-    numbers = np.random.default_rng(0).integers(1, 2**63, size=(len(units), 2), dtype=np.uint64)
-    signature = np.zeros((count, 2), np.uint64)
-    for index, unit in enumerate(units):
-        np.add.at(signature, unit, numbers[index])
-    return signature
+def _numbers(solved: Units, places: list[Ids]) -> Ids:
+    """The group of every unit: equal where reason and members are; -1 for mere extents."""
+    # A fixed random number a member (and a reason): their sums, of 128 bits, tell multisets apart.
+    draw = np.random.default_rng(0)
+    numbers = draw.integers(1, 2**63, size=(len(places), 2), dtype=np.uint64)
+    reasons = draw.integers(1, 2**63, size=(len(solved.reasons) + 1, 2), dtype=np.uint64)
+    signature = reasons[solved.reason]
+    if places:
+        sizes = [len(unit) for unit in places]
+        np.add.at(signature, np.concatenate(places), np.repeat(numbers, sizes, axis=0))
+    kept = np.flatnonzero(~solved.frozen | (solved.reason >= 0))
+    kept = kept[np.lexsort((signature[kept, 1], signature[kept, 0]))]
+    new = (np.diff(signature[kept], axis=0, prepend=0) != 0).any(axis=1)
+    group = np.full(len(solved.frozen), -1, np.int64)
+    group[kept] = np.cumsum(new)
+    return group
 
 
-def _by_group(unit: Ids, group: Ids) -> list[tuple[int, Ids, Ids]]:
-    """For each group along one dimension: (group, indices [units, count], units)."""
-    order = np.lexsort((unit, group[unit]))
-    grouped = group[unit[order]]
-    result = []
-    starts = np.flatnonzero(np.r_[True, np.diff(grouped) != 0])
-    for start, stop in zip(starts, [*starts[1:], order.size], strict=True):
-        if grouped[start] < 0:
+def _aligned(unit: Ids, group: Ids, order: dict[int, Ids]) -> Iterator[tuple[int, Ids]]:
+    """For each group along one dimension: (group, indices [units, count]).
+
+    Units come in the order in which the group's first dimension has them (``order``).
+    """
+    places = np.lexsort((unit, group[unit]))
+    grouped = group[unit[places]]
+    starts = np.flatnonzero(np.diff(grouped, prepend=-2))
+    for start, stop in zip(starts, [*starts[1:], places.size], strict=True):
+        number = int(grouped[start])
+        if number < 0:
             continue
-        indices = order[start:stop]
-        distinct, counts = np.unique(unit[indices], return_counts=True)
-        table = indices.reshape(len(distinct), int(counts[0]))
-        # Units in the order of their first index.
-        by_place = np.argsort(table[:, 0])
-        result.append((int(grouped[start]), table[by_place], distinct[by_place]))
-    return result
+        # By unit, each as often as the others: their signatures are equal.
+        indices = places[start:stop]
+        units = unit[indices]
+        count = int(np.searchsorted(units, units[0], side="right"))
+        table, units = indices.reshape(-1, count), units[::count]
+        if number not in order:
+            first = np.argsort(table[:, 0])
+            order[number] = units[first]
+        yield number, table[np.searchsorted(units, order[number])]
 
 
 def _reason(solved: Units, units: Ids) -> Reason | None:

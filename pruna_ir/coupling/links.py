@@ -18,6 +18,7 @@ Every step is a few numpy operations a block; the number of rounds is small and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -84,7 +85,7 @@ class Links:
 
     def fresh(self, *shape: int) -> Ids:
         """New ids, one an element."""
-        size = int(np.prod(shape, dtype=np.int64))
+        size = math.prod(shape)
         ids = np.arange(self.count, self.count + size, dtype=np.int64).reshape(shape)
         self.count += size
         return ids

@@ -9,7 +9,7 @@ all nodes with what their operands give.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from pruna_ir.coupling.analysis import Coupling
 from pruna_ir.coupling.plan import RemovalPlan
 from pruna_ir.coupling.rule import Edit, Result, kept_counts
 from pruna_ir.coupling.table import rule_of
-from pruna_ir.coupling.value import Mask, Value, extent, product
+from pruna_ir.coupling.value import Block, Ids, Mask, Value, extent, product
 from pruna_ir.errors import InvalidIRError, UsageError
 from pruna_ir.propagate import resized_value
 from pruna_ir.transform import Rewrite
@@ -40,19 +40,35 @@ def remove(rw: Rewrite, coupling: Coupling, plan: RemovalPlan) -> None:
             goes in part only, a channel that must stay, a dimension left empty.
         InvalidIRError: a rule resized a node wrongly.
     """
-    gone = removed_units(coupling, plan)
+    remove_units(rw, coupling, removed_units(coupling, plan))
+
+
+def remove_units(rw: Rewrite, coupling: Coupling, gone: Mask) -> None:
+    """`remove` for whole units.
+
+    Args:
+        rw: a rewrite of the program that ``coupling`` was made from, not edited yet.
+        coupling: its analysis.
+        gone: per unit, whether it goes.
+
+    Raises:
+        UsageError: a unit must stay, or nothing would be left of a dimension.
+        InvalidIRError: a rule resized a node wrongly.
+    """
+    _check_units(coupling, gone)
     if not gone.any():
         return
     alive = ~gone[coupling.solved.unit]
-    values = dict(coupling.values)
+    values, shrunk = dict(coupling.values), _Shrunk(alive)
     for node in list(rw.program.calls()):
         rule = rule_of(node.target)
-        if rule is not None and rule.resize is not None and _changes(node, values, alive):
+        if rule is not None and rule.resize is not None and _changes(node, values, shrunk):
             rule.resize(Edit(rw, node, bind_arguments(node), values, alive))
     _cut_tensors(rw, coupling, alive)
-    rw.state(_predicted(rw, values, alive))
+    rw.state(_predicted(rw, values, shrunk))
+    stated = {node: node.meta.get("val") for node in rw.graph.nodes}
     rw.refresh()
-    _check_sizes(rw, values, alive)
+    _check_sizes((n for n in rw.graph.nodes if n.meta.get("val") is not stated[n]), values, alive)
 
 
 def removed_units(coupling: Coupling, plan: RemovalPlan) -> Mask:
@@ -63,24 +79,32 @@ def removed_units(coupling: Coupling, plan: RemovalPlan) -> Mask:
     """
     units = coupling.solved.unit
     gone = np.zeros(len(coupling.solved.frozen), np.bool_)
-    for name, dim, indices in plan.items():
-        gone[units[_ids(coupling, name, dim)[_checked(coupling, name, dim, indices)]]] = True
-    if (stays := gone & coupling.solved.frozen).any():
-        raise UsageError(f"the plan removes channels that must stay: {_why(coupling, stays)}")
-    whole = coupling._plan(gone)
-    for name, dim, indices in whole.items():
-        given = set(plan.removed.get(name, {}).get(dim, ()))
-        if missing := sorted(set(indices) - given):
+    given = {
+        (name, dim): _checked(coupling, name, dim, indices)
+        for name, dim, indices in plan.items()
+    }
+    for (name, dim), wanted in given.items():
+        gone[units[_ids(coupling, name, dim)[wanted]]] = True
+    _check_units(coupling, gone)
+    for name, dim, lost in coupling.lost(gone):
+        named = given.get((name, dim), lost[:0])
+        if len(named) != len(lost):
+            missing = np.setdiff1d(lost, named)
             raise UsageError(
                 f"the plan removes a unit in part: index {missing[0]} of dimension {dim} of "
                 f"{name} must go with it"
             )
-    if empty := coupling.emptied(gone):
-        raise UsageError(f"the plan leaves nothing of a dimension of {empty[0][0]}")
     return gone
 
 
-def _ids(coupling: Coupling, name: str, dim: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _check_units(coupling: Coupling, gone: Mask) -> None:
+    if (stays := gone & coupling.solved.frozen).any():
+        raise UsageError(f"the plan removes channels that must stay: {_why(coupling, stays)}")
+    if empty := coupling.emptied(gone):
+        raise UsageError(f"the plan leaves nothing of a dimension of {empty[0][0]}")
+
+
+def _ids(coupling: Coupling, name: str, dim: int) -> Ids:
     dims = coupling.tensors.get(name)
     if dims is None:
         raise UsageError(f"the plan names {name}, which is no tensor of the program")
@@ -90,13 +114,16 @@ def _ids(coupling: Coupling, name: str, dim: int) -> np.ndarray[tuple[int], np.d
     return ids
 
 
-def _checked(coupling: Coupling, name: str, dim: int, indices: tuple[int, ...]) -> list[int]:
+def _checked(coupling: Coupling, name: str, dim: int, indices: tuple[int, ...]) -> Ids:
+    """The indices without repeats, sorted."""
     size = len(_ids(coupling, name, dim))
-    if outside := [index for index in indices if not 0 <= index < size]:
+    wanted = np.unique(np.asarray(indices, np.int64))
+    outside = wanted[(wanted < 0) | (wanted >= size)]
+    if outside.size:
         raise UsageError(
             f"the plan names index {outside[0]} of dimension {dim} of {name}, which has {size}"
         )
-    return list(indices)
+    return wanted
 
 
 def _why(coupling: Coupling, units: Mask) -> str:
@@ -104,48 +131,43 @@ def _why(coupling: Coupling, units: Mask) -> str:
     return str(coupling.solved.reasons[index]) if index >= 0 else "an extent of a weight"
 
 
-def _changes(node: fx.Node, values: dict[str, Result], alive: Mask) -> bool:
+def _changes(node: fx.Node, values: dict[str, Result], shrunk: _Shrunk) -> bool:
     """Whether a dimension of an operand or of the result shrinks."""
-    results = [values.get(n.name) for n in (*node.all_input_nodes, node)]
-    flat = [v for r in results for v in (r if isinstance(r, tuple) else (r,))]
-    return any(
-        not alive[block.ids].all() for v in flat if isinstance(v, Value) for block in v.blocks
-    )
+    for one in (*node.all_input_nodes, node):
+        result = values.get(one.name)
+        for value in result if isinstance(result, tuple) else (result,):
+            if value is not None and not all(map(shrunk.is_whole, value.blocks)):
+                return True
+    return False
 
 
 def _cut_tensors(rw: Rewrite, coupling: Coupling, alive: Mask) -> None:
     """Cut every tensor; tied names get one and the same cut tensor."""
     cut: dict[int, torch.Tensor] = {}
     for name, dims in coupling.tensors.items():
-        tensor = rw.program.tensor(name)
-        if all(ids is None or alive[ids].all() for ids in dims):
+        kept = [None if ids is None else alive[ids] for ids in dims]
+        if all(mask is None or mask.all() for mask in kept):
             continue
         if id(dims) not in cut:
-            cut[id(dims)] = _cut(tensor, dims, alive)
+            cut[id(dims)] = _cut(rw.program.tensor(name), kept)
         rw.set_tensor(name, cut[id(dims)])
 
 
-def _cut(
-    tensor: torch.Tensor,
-    dims: tuple[np.ndarray[tuple[int], np.dtype[np.int64]] | None, ...],
-    alive: Mask,
-) -> torch.Tensor:
+def _cut(tensor: torch.Tensor, kept: Sequence[Mask | None]) -> torch.Tensor:
     result = tensor.detach()
-    for dim, ids in enumerate(dims):
-        if ids is not None and not alive[ids].all():
-            index = torch.from_numpy(np.flatnonzero(alive[ids]))
+    for dim, mask in enumerate(kept):
+        if mask is not None and not mask.all():
+            index = torch.from_numpy(np.flatnonzero(mask))
             result = result.index_select(dim, index.to(result.device))
-    result = result.clone() if result.data_ptr() == tensor.data_ptr() else result
     if isinstance(tensor, torch.nn.Parameter):
         return torch.nn.Parameter(result, requires_grad=tensor.requires_grad)
     return result
 
 
 def _predicted(
-    rw: Rewrite, values: Mapping[str, Result], alive: Mask
+    rw: Rewrite, values: Mapping[str, Result], shrunk: _Shrunk
 ) -> dict[fx.Node, torch.Tensor | Sequence[torch.Tensor]]:
     """The nodes that shrink, with the values that follow from the surviving ids."""
-    shrunk = _Shrunk(alive)
     found: dict[fx.Node, torch.Tensor | Sequence[torch.Tensor]] = {}
     for node in rw.graph.nodes:
         result, meta = values.get(node.name), node.meta.get("val")
@@ -161,21 +183,40 @@ def _predicted(
 
 
 class _Shrunk:
-    """Fake tensors of the sizes after removal; equal ones are one object."""
+    """What survives of blocks, and fake tensors of the sizes after removal.
+
+    Blocks are shared by the nodes that they pass; each is counted once. Equal fake tensors are
+    one object.
+    """
 
     def __init__(self, alive: Mask) -> None:
-        self._alive, self._gone = alive, ~alive
+        self._alive = alive
+        self._left: dict[int, int] = {}
         self._known: dict[Any, torch.Tensor] = {}
+
+    def is_whole(self, block: Block) -> bool:
+        """Whether all of a block survives."""
+        return self._count(block) == block.ids.size
+
+    def _count(self, block: Block) -> int:
+        count = self._left.get(id(block))
+        if count is None:
+            count = self._left[id(block)] = int(np.count_nonzero(self._alive[block.ids]))
+        return count
 
     def value(self, value: Value, meta: torch.Tensor) -> torch.Tensor | None:
         """The value of smaller size; None where it keeps its size."""
-        if not isinstance(meta, torch.Tensor) or not any(
-            self._gone[block.ids].any() for block in value.blocks
-        ):
+        if not isinstance(meta, torch.Tensor):
             return None
+        shrinking = [block for block in value.blocks if not self.is_whole(block)]
+        if not shrinking:
+            return None
+        touched = {factor for block in shrinking for factor in block.factors}
         sizes = list(meta.shape)
-        for dim in range(len(sizes)):
-            before, after = kept_counts(value, dim, self._alive)
+        for dim, factors in enumerate(value.dims):
+            if touched.isdisjoint(factors):
+                continue
+            before, after = self._counts(value, dim, shrinking)
             if before != after:
                 # A static size may be the new one already, where a rule put another node there.
                 static = isinstance(sizes[dim], int)
@@ -185,10 +226,17 @@ class _Shrunk:
             self._known[key] = resized_value(meta, sizes)
         return self._known[key]
 
+    def _counts(self, value: Value, dim: int, shrinking: list[Block]) -> tuple[int, int]:
+        """The static part of a dimension's size, before and after removal."""
+        for block in shrinking:
+            if block.factors == value.dims[dim]:
+                return block.ids.size, self._count(block)
+        return kept_counts(value, dim, self._alive)
 
-def _check_sizes(rw: Rewrite, values: dict[str, Result], alive: Mask) -> None:
-    """Compare every propagated shape with the number of surviving ids."""
-    for node in rw.graph.nodes:
+
+def _check_sizes(nodes: Iterable[fx.Node], values: dict[str, Result], alive: Mask) -> None:
+    """Compare shapes that propagation changed with the number of surviving ids."""
+    for node in nodes:
         value, meta = values.get(node.name), node.meta.get("val")
         if not isinstance(value, Value) or not isinstance(meta, torch.Tensor):
             continue

@@ -53,7 +53,8 @@ def product(sizes: Iterable[Extent]) -> Extent:
     """The product of sizes."""
     total: Extent = 1
     for size in sizes:
-        total = total * size
+        # Products of expressions are slow; most dimensions are one factor.
+        total = size if isinstance(total, int) and total == 1 else total * size
     return total
 
 
@@ -110,13 +111,11 @@ class Value:
 
     def split(self, parts: Mapping[Factor, tuple[Factor, ...]]) -> Value:
         """Factors replaced by finer ones (or by others of the same size)."""
-        if not parts:
+        finer = {factor: new for factor, new in parts.items() if new != (factor,)}
+        if not finer:
             return self
-        dims = tuple(
-            tuple(part for factor in dim for part in parts.get(factor, (factor,)))
-            for dim in self.dims
-        )
-        return Value(dims, tuple(_split_block(block, parts) for block in self.blocks))
+        dims = tuple([_split_factors(dim, finer) for dim in self.dims])
+        return Value(dims, tuple([_split_block(block, finer) for block in self.blocks]))
 
     def renamed(self) -> Value:
         """The same value on factors of its own."""
@@ -129,10 +128,20 @@ def factors_of(size: Extent) -> tuple[Factor, ...]:
 
 
 def _split_block(block: Block, parts: Mapping[Factor, tuple[Factor, ...]]) -> Block:
-    if not any(factor in parts for factor in block.factors):
+    factors = _split_factors(block.factors, parts)
+    if factors is block.factors:
         return block
-    factors = tuple(part for f in block.factors for part in parts.get(f, (f,)))
     return Block(factors, block.ids.reshape([factor.size for factor in factors]))
+
+
+def _split_factors(
+    factors: tuple[Factor, ...], parts: Mapping[Factor, tuple[Factor, ...]]
+) -> tuple[Factor, ...]:
+    """Factors with some replaced; the same object where none is."""
+    for factor in factors:
+        if factor in parts:
+            return tuple([part for f in factors for part in parts.get(f, (f,))])
+    return factors
 
 
 def common_parts(
@@ -140,7 +149,8 @@ def common_parts(
 ) -> tuple[dict[Factor, tuple[Factor, ...]], dict[Factor, tuple[Factor, ...]]] | None:
     """Splits of two factor lists of equal product into one common list of (shared) factors.
 
-    None where sizes such as 2 * 3 and 3 * 2 have no common refinement.
+    A factor of ``a`` that needs no split stays itself. None where sizes such as 2 * 3 and 3 * 2
+    have no common refinement.
     """
     splits_a: dict[Factor, tuple[Factor, ...]] = {}
     splits_b: dict[Factor, tuple[Factor, ...]] = {}
@@ -154,9 +164,11 @@ def common_parts(
         taken = _step(left_a, left_b)
         if taken is None:
             return None
-        part, left_a, left_b = taken
-        splits_a[queue_a[0]] = (*splits_a.get(queue_a[0], ()), part)
-        splits_b[queue_b[0]] = (*splits_b.get(queue_b[0], ()), part)
+        part, rest_a, rest_b = taken
+        shared = queue_a[0] if part == left_a == queue_a[0].size else Factor(part)
+        left_a, left_b = rest_a, rest_b
+        splits_a[queue_a[0]] = (*splits_a.get(queue_a[0], ()), shared)
+        splits_b[queue_b[0]] = (*splits_b.get(queue_b[0], ()), shared)
         if left_a == 1:
             queue_a.pop(0)
             left_a = None
@@ -166,12 +178,12 @@ def common_parts(
     return splits_a, splits_b
 
 
-def _step(left_a: Extent, left_b: Extent) -> tuple[Factor, Extent, Extent] | None:
-    """The next common factor, and what remains of both sides."""
+def _step(left_a: Extent, left_b: Extent) -> tuple[Extent, Extent, Extent] | None:
+    """The size of the next common factor, and what remains of both sides."""
     if left_a == left_b:
-        return Factor(left_a), 1, 1
+        return left_a, 1, 1
     if (rest := quotient(left_b, left_a)) is not None:
-        return Factor(left_a), 1, rest
+        return left_a, 1, rest
     if (rest := quotient(left_a, left_b)) is not None:
-        return Factor(left_b), rest, 1
+        return left_b, rest, 1
     return None
