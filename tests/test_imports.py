@@ -25,7 +25,8 @@ import pytest
 from tests.wheels import FOLDERS, ROOT, run
 
 FOUNDATION = (
-    "errors", "tensor_cache", "spec", "program", "call", "propagate", "printer", "transform",
+    "errors", "tensor_cache", "lazy_module", "spec", "program", "call", "propagate", "printer",
+    "transform",
 )  # fmt: skip
 """Each imports only those before it."""
 DRIVERS = ("pipeline", "instruments", "bisect", "reproducer", "presets", "cli", "__main__")
