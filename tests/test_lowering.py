@@ -22,6 +22,8 @@ from pruna_ir.lowering import (
     whole_folder,
     write_json,
 )
+from pruna_ir.pipeline import Pipeline
+from pruna_ir.program import module_path
 from pruna_ir.reexport import example_inputs, origins, reexport
 from pruna_ir.transform import Context, Rewrite
 from tests import networks
@@ -207,3 +209,26 @@ def test_origins_lead_through_a_rewrite_and_a_decomposition():
     found = origins(program, graph)
     convolutions = [n for n in graph.nodes if n.target is aten.convolution.default]
     assert [found[n.name].target for n in convolutions] == [aten.conv2d.default] * 2
+
+
+class Shortcut(nn.Module):
+    """Two convolutions before a sum: fused, they change places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.main, self.short = (nn.Conv2d(3, 3, 1) for _ in range(3))
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return (self.main(x) + self.short(x)).relu()
+
+
+def test_origins_never_confuse_calls_that_were_numbered_anew():
+    program = capture(Shortcut(), (torch.randn(2, 3, 5, 4),))
+    fused = Pipeline.parse("canonicalize,fuse-conv-bn-relu").run(program).program
+    graph = reexport(fused).run_decompositions().graph
+    found = origins(fused, graph)
+    nodes = {node.name: node for node in graph.nodes}
+    assert {module_path(node) for node in found.values()} >= {"short"}
+    for name, origin in found.items():
+        assert module_path(nodes[name]) == module_path(origin)
