@@ -26,6 +26,8 @@ from pruna_ir.errors import PassError
 
 _CHUNK = 1 << 23
 """Elements of inputs that are lifted to float64 at a time."""
+_BLOCK = 96
+"""Products of fewer columns than twice this are computed whole."""
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Moments:
     def _merge(self, x: Tensor, e: Tensor) -> None:
         new, mean_x, mean_e = x.shape[1], x.mean(1), e.mean(1)
         x, e = x - mean_x[:, None], e - mean_e[:, None]
-        xx, xe = x.mT @ x, x.mT @ e
+        xx, xe = _gram(x), x.mT @ e
         if not self.count:
             self.count, self.mean_x, self.mean_e, self.xx, self.xe = new, mean_x, mean_e, xx, xe
             return
@@ -76,6 +78,17 @@ class Moments:
         self.mean_x = self.mean_x + shift_x * (new / total)
         self.mean_e = self.mean_e + shift_e * (new / total)
         self.count = total
+
+
+def _gram(x: Tensor) -> Tensor:
+    """x^T x of [groups, positions, inputs]; what the diagonal mirrors is computed once."""
+    half = x.shape[-1] // 2
+    if half < _BLOCK:
+        return x.mT @ x
+    low, high = x[..., :half], x[..., half:]
+    cross = low.mT @ high
+    top, bottom = torch.cat([_gram(low), cross], -1), torch.cat([cross.mT, _gram(high)], -1)
+    return torch.cat([top, bottom], -2)
 
 
 def ridge(diagonal_mean: Tensor, damping: float) -> Tensor:

@@ -111,11 +111,15 @@ def sensitivities(
                 mask = _mask(candidates.coupling, candidates.groups[number], gone)
                 errors.append(run.error_of(smaller(mask)))
         curves[number] = (counts, errors)
+    base = removed(np.zeros(len(candidates.coupling.solved.frozen), np.bool_))
+
+    def saved(group: Group, gone: Ids) -> float:
+        return removed(_mask(candidates.coupling, group, gone)) - base
+
     return [
-        _slopes(candidates.coupling, group, np.argsort(orders[number], kind="stable"),
-                *curves[number], removed)
+        _slopes(group, np.argsort(orders[number], kind="stable"), *curves[number], saved)
         for number, group in enumerate(candidates.groups)
-    ]  # fmt: skip
+    ]
 
 
 def _levels(units: int) -> list[int]:
@@ -250,18 +254,15 @@ class _Run:
 
 
 def _slopes(
-    coupling: Coupling,
     group: Group,
     order: Ids,
     counts: Sequence[int],
     errors: Sequence[float],
-    removed: Callable[[Mask], float],
+    saved: Callable[[Group, Ids], float],
 ) -> Scores:
     """The error added per cost saved at each unit's place, along the curve's lower convex hull."""
-    saved = [removed(_mask(coupling, group, order[:count])) for count in counts]
-    base = removed(_mask(coupling, group, order[:0]))
-    points = [(0, 0.0, 0.0), *zip(counts, (s - base for s in saved), errors, strict=True)]
-    hull = _hull([(count, cost, error) for count, cost, error in points])
+    costs = [saved(group, order[:count]) for count in counts]
+    hull = _hull([(0, 0.0, 0.0), *zip(counts, costs, errors, strict=True)])
     middles, slopes = [], []
     for (k, cost, error), (next_k, next_cost, next_error) in pairwise(hull):
         middles.append((k + next_k) / 2)

@@ -78,3 +78,13 @@ def test_moments_about_a_large_mean_keep_their_digits():
         near.update(x[part], e[part])
         far.update(x[part] + 1e6, e[part])
     assert math.isclose(float(near.xx.sum()), float(far.xx.sum()), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("inputs", [191, 192, 387, 770])
+def test_moments_of_many_inputs_are_the_plain_product(inputs):
+    """They are computed in blocks, each mirrored pair once."""
+    x, e = drawn(inputs, 50, 2, inputs, 3)
+    seen = Moments()
+    seen.update(x, e)
+    centred = (x - x.mean(0)).transpose(0, 1)
+    assert torch.allclose(seen.xx, centred.mT @ centred, rtol=1e-12, atol=1e-12)
