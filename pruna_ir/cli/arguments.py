@@ -121,7 +121,8 @@ def _run(commands: _Commands[argparse.ArgumentParser]) -> argparse.ArgumentParse
     group.add_argument("--eval-data", type=Path, metavar="FILE.npz",
                        help="inputs and 'labels' for accuracy")  # fmt: skip
     group.add_argument("--repeats", type=int, default=100,
-                       help="rounds of the latency measurement; 0 for none")  # fmt: skip
+                       help="rounds of the latency measurement; 0 for none, "
+                       "nor of layers")  # fmt: skip
     group.add_argument("--latency-batch", type=_positive, default=1,
                        help="the batch size whose latency is measured; default 1")  # fmt: skip
     group.add_argument("--threads", type=int, default=0,
