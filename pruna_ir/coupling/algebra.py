@@ -211,7 +211,7 @@ class Algebra:
             missing = [f for f in block.factors if f in shared and f not in known]
             if not missing:
                 result.append(block)
-            elif self.links.is_soft(block.ids):
+            elif self.links.is_soft(block.ids) and len(missing) == len(block.factors):
                 self.links.freeze(block.ids, None)
             elif rest := self._tied(block, missing):
                 result.append(rest)

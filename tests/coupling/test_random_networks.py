@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from pruna_ir import capture, verify
-from pruna_ir.coupling import RemovalPlan, couple, remove
+from pruna_ir.coupling import ATTENTION, RemovalPlan, couple, remove
 from pruna_ir.equivalence import relative_error, run_float64
 from pruna_ir.masked_reference import masked_reference
 from pruna_ir.passes.canonicalize import Canonicalize
@@ -39,9 +39,11 @@ def program_of(network: Network, form: Form = Form()) -> Program:  # noqa: B008
     return program
 
 
-def pruned(program: Program, share: float, which: int) -> tuple[Program, RemovalPlan]:
+def pruned(
+    program: Program, share: float, which: int, attention: str = "heads"
+) -> tuple[Program, RemovalPlan]:
     """The program without a random share of the units of every free group, and the plan."""
-    coupling = couple(program)
+    coupling = couple(program, attention)
     rng = np.random.default_rng(which)
     gone = [
         unit
@@ -90,10 +92,16 @@ def worst_error(program: Program, small: Program, plan: RemovalPlan) -> float:
     return max(errors)
 
 
-def check(recipe: Recipe, share: float, which: int, form: Form = Form()) -> RemovalPlan:  # noqa: B008
+def check(
+    recipe: Recipe,
+    share: float,
+    which: int,
+    form: Form = Form(),  # noqa: B008
+    attention: str = "heads",
+) -> RemovalPlan:
     """Prune a network and hold the result against the oracle."""
     program = program_of(Network(recipe), form)
-    small, plan = pruned(program, share, which)
+    small, plan = pruned(program, share, which, attention)
     verify(small)
     assert worst_error(program, small, plan) < TOLERANCE
     return plan
@@ -110,9 +118,12 @@ def run(examples: int, number: int) -> None:
 
     @seed(number)
     @settings(SETTINGS, max_examples=examples, derandomize=False)
-    @given(recipes, st.sampled_from([0.2, 0.5, 0.8]), st.integers(0, 9), forms)
-    def many(recipe: Recipe, share: float, which: int, form: Form) -> None:
-        lost.append(bool(check(recipe, share, which, form)))
+    @given(
+        recipes, st.sampled_from([0.2, 0.5, 0.8]), st.integers(0, 9), forms,
+        st.sampled_from(ATTENTION),
+    )  # fmt: skip
+    def many(recipe: Recipe, share: float, which: int, form: Form, attention: str) -> None:
+        lost.append(bool(check(recipe, share, which, form, attention)))
 
     many()
     assert len(lost) >= examples
@@ -121,6 +132,14 @@ def run(examples: int, number: int) -> None:
 
 def test_what_is_left_computes_what_the_oracle_says():
     run(200, 0)
+
+
+def test_a_tensor_of_one_value_follows_channels_that_are_repeated():
+    recipe = Recipe(
+        images=("repeat", "empty"), kind="volumes", layers=("pool", "resized"),
+        entry="pair-join", ending="first", seed=22,
+    )  # fmt: skip
+    assert check(recipe, 0.2, 8)
 
 
 @pytest.mark.nightly
