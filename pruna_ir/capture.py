@@ -300,7 +300,9 @@ def from_exported(
     outputs = tuple(
         _spec(name, node.meta["val"], symbols) for name, node in zip(names, returned, strict=True)
     )
-    return Program(flat, inputs, outputs, tuple(kept), _ranges(exported, symbols))
+    program = Program(flat, inputs, outputs, tuple(kept), _ranges(exported, symbols))
+    # A copied graph renames nodes called like a builtin (`input`); what it calls them then stays.
+    return program.fork()
 
 
 def _name_tensors_once(module: fx.GraphModule) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from pruna_ir.capture import capture
 from pruna_ir.errors import CaptureError, InvalidIRError
 from pruna_ir.printer import print_program
+from pruna_ir.serialize import load_program, save_program
 from tests.networks import ConvNet, conv_net, seeded
 
 
@@ -175,3 +176,19 @@ def test_a_failed_export_leaves_the_terminal_to_its_error(capsys):
     said = capsys.readouterr().err
     assert "what the model says" in said
     assert "def forward(" not in said
+
+
+class NamedLikeBuiltins(nn.Module):
+    """Arguments that have the names of Python's own functions."""
+
+    def forward(self, input, filter):  # noqa: A002
+        return torch.sum(input * filter, 1), input.max()
+
+
+def test_forks_keep_the_names_of_nodes(tmp_path):
+    program = capture(NamedLikeBuiltins(), (torch.ones(2, 3), torch.ones(2, 3)))
+    save_program(program, tmp_path / "p.pt2")
+    for one in (program, load_program(tmp_path / "p.pt2")):
+        names = [node.name for node in one.graph.nodes]
+        assert [node.name for node in one.fork().graph.nodes] == names
+        assert [spec.name for spec in one.inputs] == ["input", "filter"]

@@ -148,25 +148,34 @@ class Algebra:
 
         A dimension of size 1 shares nothing. Pairs must otherwise have equal sizes.
         """
+        renamed: dict[Factor, tuple[Factor, ...]] = {}
         for x, y in zip(a_dims, b_dims, strict=True):
-            if not a.dims[x] or not b.dims[y] or a.dims[x] == b.dims[y]:
+            mine, theirs = a.dims[x], b.dims[y]
+            if not mine or not theirs or mine == theirs:
                 continue
-            if any(f in b.factors() for f in a.dims[x]) or any(
-                f in a.factors() for f in b.dims[y]
-            ):
-                a = a.split({f: (Factor(f.size),) for f in a.dims[x]})
-                b = b.split({f: (Factor(f.size),) for f in b.dims[y]})
+            apart = not (set(mine) & set(b.factors()) or set(theirs) & set(a.factors()))
+            if apart and len(mine) == len(theirs) == 1 and mine[0].size == theirs[0].size:
+                renamed[theirs[0]] = mine
+            else:
+                a, b = self._aligned(a, x, b, y, apart=apart)
+        return a, b.split(renamed)
+
+    def _aligned(
+        self, a: Value, x: int, b: Value, y: int, *, apart: bool
+    ) -> tuple[Value, Value]:
+        """Both values with the same factors on dimension ``x`` of one and ``y`` of the other."""
+        if not apart:
+            a = a.split({f: (Factor(f.size),) for f in a.dims[x]})
+            b = b.split({f: (Factor(f.size),) for f in b.dims[y]})
+        parts = common_parts(a.dims[x], b.dims[y])
+        if parts is None:
+            a, _ = self.single(a, x)
+            b, _ = self.single(b, y)
             parts = common_parts(a.dims[x], b.dims[y])
-            if parts is None:
-                a, _ = self.single(a, x)
-                b, _ = self.single(b, y)
-                parts = common_parts(a.dims[x], b.dims[y])
-            if parts is None:
-                a, b = self.whole_dims(a, [x]), self.whole_dims(b, [y])
-                b = b.with_dims(a.dims[x] if k == y else d for k, d in enumerate(b.dims))
-                continue
-            a, b = a.split(parts[0]), b.split(parts[1])
-        return a, b
+        if parts is None:
+            a, b = self.whole_dims(a, [x]), self.whole_dims(b, [y])
+            return a, b.with_dims(a.dims[x] if k == y else d for k, d in enumerate(b.dims))
+        return a.split(parts[0]), b.split(parts[1])
 
     def meet(self, a: Value, b: Value, shared: Collection[Factor]) -> tuple[Block, ...]:
         """The blocks of a result that both values index alike on the shared factors."""
