@@ -33,6 +33,7 @@ import torch
 
 from pruna_ir.errors import LoweringError
 from pruna_ir.onnx_attention import with_plain_attention
+from pruna_ir.onnx_splits import with_plain_splits
 from pruna_ir.onnx_translations import DOMAIN, FAKE_QUANT, keep_constants, translations
 from pruna_ir.program import Program, TensorSpec
 from pruna_ir.reexport import reexport
@@ -91,7 +92,7 @@ def module_scopes(node: Any) -> list[str]:
 
 
 def _translate(program: Program, opset: int) -> Any:
-    exported = reexport(with_plain_attention(program))
+    exported = reexport(with_plain_splits(with_plain_attention(program)))
     try:
         result = torch.onnx.export(
             exported,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from pruna_ir.errors import LoweringError
 from pruna_ir.kernels.fake_quant import fake_quant
 from pruna_ir.onnx_coverage import onnx_unsupported
 from pruna_ir.onnx_export import export_onnx
+from pruna_ir.onnx_splits import with_plain_splits
 from pruna_ir.program import Program
 
 
@@ -256,3 +258,55 @@ def test_attention_of_any_rank_is_translated(heads: tuple[int, ...], masked: boo
     session = onnxruntime.InferenceSession(export_onnx(program).SerializeToString())
     (actual,) = session.run(None, {"x": x.numpy(), "y": y.numpy()})
     torch.testing.assert_close(torch.from_numpy(actual), program(x, y)[0])
+
+
+def pair(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    first, second = torch.chunk(torch.cat([x, y]), 2, dim=0)
+    return first - second
+
+
+def last_pair_of_three(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    parts = torch.split(torch.cat([x, y, x * y]), x.shape[0])
+    return parts[1] - parts[-1]
+
+
+def doubled_first(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    rows = x.shape[0]
+    twice, once, rest = torch.split(torch.cat([x, y, x * y, y]), [2 * rows, rows, rows])
+    return twice[rows:] * once - rest
+
+
+def first_and_others(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    tall = torch.cat([x, y]).transpose(0, 2)
+    first, others = torch.split(tall, [1, tall.shape[-1] - 1], dim=-1)
+    return (others - first).transpose(0, 2)
+
+
+@pytest.mark.parametrize("split", [pair, last_pair_of_three, doubled_first, first_and_others])
+def test_splits_along_the_batch_follow_its_size(split: Callable[..., torch.Tensor]) -> None:
+    class Split(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(5, 4)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return split(self.linear(x), self.linear(y)).tanh()
+
+    torch.manual_seed(5)
+    program = capture(Split(), (torch.randn(2, 3, 5), torch.randn(2, 3, 5)))
+    model = export_onnx(program)
+    for batch in (1, 2, 3):
+        x, y = torch.randn(batch, 3, 5), torch.randn(batch, 3, 5)
+        actual = run(model, x, y)[0]
+        np.testing.assert_allclose(actual, expected(program, x, y), rtol=1e-5, atol=1e-6)
+
+
+def test_splits_along_a_static_dimension_stay_splits() -> None:
+    class Split(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            a, b = x.split([2, 5], dim=1)
+            return b[:, :2] * a
+
+    program = capture(Split(), (torch.randn(2, 7),))
+    assert with_plain_splits(program) is program
+    assert "Split" in [node.op_type for node in export_onnx(program).graph.node]
