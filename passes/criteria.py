@@ -57,7 +57,10 @@ def l1(candidates: Candidates) -> list[Parts]:
     """The sum of absolute weights."""
     return [
         [
-            per_unit(per_index(_weight(candidates, member.tensor), member.dim, torch.abs), member)
+            per_unit(
+                per_index(_weight(candidates, member.tensor), member.dim, torch.Tensor.abs_),
+                member,
+            )
             for member in producers(candidates.program, group)
         ]
         for group in candidates.groups
@@ -70,7 +73,9 @@ def l2(candidates: Candidates) -> list[Parts]:
         [
             np.sqrt(
                 per_unit(
-                    per_index(_weight(candidates, member.tensor), member.dim, torch.square),
+                    per_index(
+                        _weight(candidates, member.tensor), member.dim, torch.Tensor.square_
+                    ),
                     member,
                 )
             )

@@ -135,7 +135,7 @@ def _curvature(candidates: Candidates, *, sampled: bool) -> list[Parts]:
         for name, (weight, slope) in _slopes(module, names, loss).items():
             saliency = weight * slope
             for dim in names[name]:
-                evidence.add(f"{name}[{dim}]", per_index(saliency, dim, torch.square))
+                evidence.add(f"{name}[{dim}]", per_index(saliency, dim, torch.Tensor.square_))
         evidence.add("samples", torch.tensor(1))
     evidence.over_ranks()
     share = 0.5 / int(evidence["samples"])
@@ -145,7 +145,7 @@ def _curvature(candidates: Candidates, *, sampled: bool) -> list[Parts]:
 def gradient(candidates: Candidates) -> list[Parts]:
     """The magnitude of the mean gradient."""
     members, mean = _mean_gradient(candidates)
-    return _parts(members, lambda m: per_index(mean[m.tensor], m.dim, torch.abs))
+    return _parts(members, lambda m: per_index(mean[m.tensor], m.dim, torch.Tensor.abs_))
 
 
 def snip(candidates: Candidates) -> list[Parts]:

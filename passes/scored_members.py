@@ -26,8 +26,8 @@ from pruna_ir.transform import Context
 
 aten = torch.ops.aten
 
-Elementwise = Callable[[torch.Tensor], torch.Tensor]
-"""A function of every element by itself."""
+InPlace = Callable[[torch.Tensor], torch.Tensor]
+"""Changes every element by itself, and returns the tensor that it was given."""
 
 Scores = np.ndarray[Any, np.dtype[np.float64]]
 """One number a unit, [units]."""
@@ -95,23 +95,26 @@ def once(program: Program, members: Iterable[Member]) -> list[Member]:
     return list(seen.values())
 
 
-def per_index(entries: torch.Tensor, dim: int, of: Elementwise | None = None) -> torch.Tensor:
+def per_index(entries: torch.Tensor, dim: int, of: InPlace | None = None) -> torch.Tensor:
     """The sum of ``of(entries)`` at each index of one dimension, [size] in float64.
 
-    Computed in float64, part by part: no copy of the tensor is made.
+    Computed in float64, part by part: no copy of the whole tensor is made.
 
-    >>> per_index(torch.tensor([[1.0, 2.0], [3.0, -4.0]]), 1, torch.abs)
+    >>> per_index(torch.tensor([[1.0, 2.0], [3.0, -4.0]]), 1, torch.Tensor.abs_)
     tensor([4., 6.], dtype=torch.float64)
     """
     if entries.dim() < 2:
-        return of(entries.double()) if of else entries.double()
+        return _exact(entries, of)
     rows = max(_PART * len(entries) // max(entries.numel(), 1), 1)
     others = [k for k in range(entries.dim()) if k != dim]
-    sums = []
-    for part in torch.split(entries, rows):
-        exact = part.double()
-        sums.append((of(exact) if of else exact).sum(others))
+    sums = [_exact(part, of).sum(others) for part in torch.split(entries, rows)]
     return torch.cat(sums) if dim == 0 else torch.stack(sums).sum(0)
+
+
+def _exact(entries: torch.Tensor, of: InPlace | None) -> torch.Tensor:
+    """A function of a copy in float64."""
+    exact = entries.to(torch.float64, copy=True)
+    return of(exact) if of else exact
 
 
 _PART = 2**16

@@ -21,7 +21,7 @@ from pruna_ir.coupling.analysis import Coupling
 from pruna_ir.coupling.plan import RemovalPlan
 from pruna_ir.coupling.rule import Edit, Result, kept_counts
 from pruna_ir.coupling.table import rule_of
-from pruna_ir.coupling.value import Block, Ids, Mask, Value, extent, product
+from pruna_ir.coupling.value import Block, Extent, Factor, Ids, Mask, Value, extent, product
 from pruna_ir.errors import InvalidIRError, UsageError
 from pruna_ir.propagate import resized_value
 from pruna_ir.transform import Rewrite
@@ -211,27 +211,46 @@ class _Shrunk:
         shrinking = [block for block in value.blocks if not self.is_whole(block)]
         if not shrinking:
             return None
+        counts = self._counts(value, shrinking)
+        after = tuple(
+            product(factor.size for factor in factors) if dim not in counts
+            else counts[dim][1] * _symbolic(factors)
+            for dim, factors in enumerate(value.dims)
+        )  # fmt: skip
+        key = (meta.dtype, meta.device, after)
+        if key not in self._known:
+            self._known[key] = resized_value(meta, _resized(meta.shape, counts))
+        return self._known[key]
+
+    def _counts(self, value: Value, shrinking: list[Block]) -> dict[int, tuple[int, int]]:
+        """For dimensions that shrink: the static part of the size, before and after removal."""
         touched = {factor for block in shrinking for factor in block.factors}
-        sizes = list(meta.shape)
+        counts = {}
         for dim, factors in enumerate(value.dims):
             if touched.isdisjoint(factors):
                 continue
-            before, after = self._counts(value, dim, shrinking)
-            if before != after:
-                # A static size may be the new one already, where a rule put another node there.
-                static = isinstance(sizes[dim], int)
-                sizes[dim] = after if static else sizes[dim] // before * after
-        key = (meta.dtype, meta.device, tuple(map(extent, sizes)))
-        if key not in self._known:
-            self._known[key] = resized_value(meta, sizes)
-        return self._known[key]
+            alone = [block for block in shrinking if block.factors == factors]
+            if alone:
+                counts[dim] = alone[0].ids.size, self._count(alone[0])
+            else:
+                counts[dim] = kept_counts(value, dim, self._alive)
+        return counts
 
-    def _counts(self, value: Value, dim: int, shrinking: list[Block]) -> tuple[int, int]:
-        """The static part of a dimension's size, before and after removal."""
-        for block in shrinking:
-            if block.factors == value.dims[dim]:
-                return block.ids.size, self._count(block)
-        return kept_counts(value, dim, self._alive)
+
+def _symbolic(factors: Sequence[Factor]) -> Extent:
+    return product(factor.size for factor in factors if not isinstance(factor.size, int))
+
+
+def _resized(
+    shape: Sequence[int | torch.SymInt], counts: Mapping[int, tuple[int, int]]
+) -> list[int | torch.SymInt]:
+    """A shape with the dimensions that shrink at their sizes after removal."""
+    sizes = list(shape)
+    for dim, (before, after) in counts.items():
+        if before != after:
+            # A static size may be the new one already, where a rule put another node there.
+            sizes[dim] = after if isinstance(sizes[dim], int) else sizes[dim] // before * after
+    return sizes
 
 
 def _check_sizes(nodes: Iterable[fx.Node], values: dict[str, Result], alive: Mask) -> None:
@@ -242,7 +261,7 @@ def _check_sizes(nodes: Iterable[fx.Node], values: dict[str, Result], alive: Mas
             continue
         for dim, size in enumerate(meta.shape):
             _, after = kept_counts(value, dim, alive)
-            rest = product(f.size for f in value.dims[dim] if not isinstance(f.size, int))
+            rest = _symbolic(value.dims[dim])
             if extent(size) != after * rest:
                 raise InvalidIRError(
                     f"removal made dimension {dim} of {node.name} ({node.target}) {size} where "
