@@ -42,7 +42,7 @@ from torch import Tensor, fx
 from pruna_ir.data import DataSource
 from pruna_ir.passes.consumers import Reading, readings
 from pruna_ir.passes.layer_inputs import Frontier, batches_of
-from pruna_ir.passes.least_squares import Moments, ridge
+from pruna_ir.passes.least_squares import Moments, enough, ridge
 from pruna_ir.passes.linear_layers import Layer, layer_at, tail, why_no_matrix
 from pruna_ir.passes.scored_members import Candidates, Parts, Scores
 from pruna_ir.program import Program
@@ -57,8 +57,6 @@ DAMPING = 0.01
 """What is added to H's diagonal, as a share of its mean."""
 POSITIONS = 32
 """Positions of a sample from which H is taken, at least."""
-LEAST = 16384
-"""Positions of all samples together from which H is taken, where there are as many."""
 
 
 @dataclass
@@ -120,7 +118,7 @@ def input_moments(
         frontier.pass_by(node)
         outputs = frontier.values(node)
         moments = Moments()
-        each = max(POSITIONS, math.ceil(LEAST / max(sum(map(len, inputs)), 1)))
+        each = enough(POSITIONS, sum(map(len, inputs)))
         for batch, (x, y) in enumerate(zip(inputs, outputs, strict=True)):
             generator = torch.Generator().manual_seed(seed + batch)
             rows = y.numel() // y.shape[layer.channel_dim]

@@ -17,6 +17,7 @@ Algorithms for Computing the Sample Variance, The American Statistician 37(3), 1
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -124,3 +125,16 @@ def solve(moments: Moments, damping: float) -> tuple[Tensor, Tensor]:
         )
     change = torch.cholesky_solve(moments.xe, factor).mT
     return change, moments.mean_e - (change @ moments.mean_x[:, :, None])[:, :, 0]
+
+
+ENOUGH = 16384
+"""Positions of all samples together that moments are taken from, where there are as many."""
+
+
+def enough(positions: int, samples: int) -> int:
+    """How many positions of each sample to take: more than asked for where samples are few.
+
+    >>> enough(64, samples=512), enough(64, samples=16)
+    (64, 1024)
+    """
+    return max(positions, math.ceil(ENOUGH / max(samples, 1)))

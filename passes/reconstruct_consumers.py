@@ -42,7 +42,7 @@ from torch import Tensor
 from pruna_ir.errors import UsageError
 from pruna_ir.passes.fitting import Aim, aims, both_ends, shift
 from pruna_ir.passes.layer_inputs import Frontier, calibration_inputs, origin_of
-from pruna_ir.passes.least_squares import Moments, solve
+from pruna_ir.passes.least_squares import Moments, enough, solve
 from pruna_ir.passes.linear_layers import why_no_matrix
 from pruna_ir.passes.promises import Fit, LeastSquares, Untouched, positions_of
 from pruna_ir.transform import Effect, Pass, Rewrite
@@ -59,8 +59,9 @@ class ReconstructConsumers(Pass):
 
     Attributes:
         damping: the ridge relative to the mean variance of a layer's inputs, above 0.
-        positions: how many positions of each sample a layer is fitted to, chosen at random by the
-            context's seed (the same for all samples of a batch together); 0 for all.
+        positions: how many positions of each sample (pixels, tokens) a layer is fitted to, chosen
+            at random by the context's seed (the same for all samples of a batch together); more
+            where that makes fewer than 16,384 in all; 0 for all.
         residual: fit a residual branch to what makes the sum right, not the branch alone.
         every: refit all layers, not only those that lost inputs: they take up what their inputs
             lack through earlier layers.
@@ -106,7 +107,9 @@ class ReconstructConsumers(Pass):
         """Walk both programs side by side and refit each layer before anything reads it."""
         origin, batches = origin_of(rw, self.name), calibration_inputs(rw, self.name)
         now, was = Frontier(rw.program, batches), Frontier(origin.program, batches)
-        fit = Fit(self.damping, self.positions, self.residual, self.every)
+        samples = sum(len(inputs[0]) for inputs in batches)
+        positions = enough(self.positions, samples) if self.positions else 0
+        fit = Fit(self.damping, positions, self.residual, self.every)
         touched: list[str] = []
         changed: list[str] = []
         for aim in self._fitted(rw, fit):

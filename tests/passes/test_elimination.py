@@ -13,7 +13,6 @@ from pruna_ir.coupling import couple
 from pruna_ir.passes import elimination
 from pruna_ir.passes.consumers import readings
 from pruna_ir.passes.elimination import (
-    LEAST,
     Columns,
     columns_of,
     eliminate,
@@ -22,6 +21,7 @@ from pruna_ir.passes.elimination import (
     obs_greedy,
     refittable,
 )
+from pruna_ir.passes.least_squares import ENOUGH
 from pruna_ir.passes.scored_members import Candidates
 from tests.passes.compensation import Layers, Residual, context, program_of
 
@@ -204,7 +204,7 @@ def test_few_samples_of_many_positions_are_seen_whole():
     """Sequences hold hundreds of positions: a fixed number of each would be too few."""
     program = program_of(lambda: Wide(bias=False), 300, 4)
     where = context(300, 4, samples=3, batch=2)
-    assert reading_of(program, "one.weight[0]", where)[2].count == 900 < LEAST
+    assert reading_of(program, "one.weight[0]", where)[2].count == 900 < ENOUGH
 
 
 def test_of_two_units_that_stand_in_for_one_another_one_is_cheap():
