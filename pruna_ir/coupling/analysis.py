@@ -251,7 +251,8 @@ def _called(node: fx.Node, values: dict[fx.Node, Result], links: Links) -> Resul
         )
     rule = rule_of(node.target)
     operands = site.operands()
-    if not any(value.blocks for value in operands) and (rule is None or operands):
+    tracked = any(value.blocks for value in operands)
+    if not tracked and (rule is None or (operands and not rule.creates)):
         return site.untracked()
     if rule is None:
         for value in operands:

@@ -286,8 +286,11 @@ class Rule:
         masked: for operators that the oracle does not know, ``"elementwise"`` or a function
             ``masked(**arguments)`` of the call's arguments by schema name, whose tensors are
             `pruna_ir.masked_operators.Masked`, as is its result.
+        creates: whether the result has channels where there are operands but none has any, as
+            the elements that ``expand`` repeats; ``couple`` is not asked there otherwise.
     """
 
     couple: Callable[[Site], Result]
     resize: Callable[[Edit], None] | None = None
     masked: Any = None
+    creates: bool = False

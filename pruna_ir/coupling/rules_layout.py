@@ -227,7 +227,7 @@ RULES: dict[str, Rule] = {
     "aten::movedim": Rule(_movedim),
     "aten::squeeze": Rule(_squeeze),
     "aten::unsqueeze": Rule(_unsqueeze),
-    "aten::expand": Rule(_expand, _resize_expand),
+    "aten::expand": Rule(_expand, _resize_expand, creates=True),
     "aten::repeat": Rule(_repeat),
     "aten::tile": Rule(_repeat),
     "aten::repeat_interleave": Rule(_repeat_interleave),

@@ -199,7 +199,7 @@ def _gather(site: Site) -> Result:
     by_index = site.because("gathers them by an index")
     value, index = by_index.whole_dims(value, stays), by_index.whole_dims(index, stays)
     rest = value.with_dims(() if k in stays else d for k, d in enumerate(value.dims))
-    return site.algebra.elementwise([index, rest])
+    return site.algebra.elementwise([rest, index])  # an index repeated for all has soft ids: last
 
 
 # -- splitting -----------------------------------------------------------------------------

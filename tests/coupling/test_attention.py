@@ -86,11 +86,34 @@ class Weighted(nn.Module):
         return self.out(self.mix(streams).squeeze(1))
 
 
+class Selected(nn.Module):
+    """Scores of 4 heads of size 3, masked or gathered by a tensor that is repeated for each."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.spelling = spelling
+        self.q, self.k, self.v = nn.Linear(5, 12), nn.Linear(5, 12), nn.Linear(5, 12)
+        self.out = nn.Linear(12, 3)
+        self.register_buffer("mask", torch.rand(7, 7) > 0.6)
+        self.register_buffer("places", torch.randint(0, 7, (7, 7)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, s, _ = x.shape
+        q, k, v = (p(x).view(n, s, 4, 3).transpose(1, 2) for p in (self.q, self.k, self.v))
+        scores = q @ k.transpose(-1, -2)
+        if self.spelling == "masked":
+            scores = scores.masked_fill(self.mask.expand(n, 4, s, s), -1e9)
+        else:
+            scores = scores.gather(-1, self.places.expand(n, 4, s, s))
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(n, s, 12))
+
+
 SPELLINGS = ("sdpa", "matmul", "einsum")
 MODULES = {
     **{name: lambda name=name: GroupedQueries(name) for name in SPELLINGS},
     **{name: lambda name=name: ChannelAttention(name) for name in ("cross-covariance", "linear")},
     "weighted": Weighted,
+    **{name: lambda name=name: Selected(name) for name in ("masked", "gathered")},
 }
 
 
@@ -146,6 +169,12 @@ def test_attention_between_channels_loses_channels_of_every_head(spelling):
     gone = removed(spelling, "size")
     assert gone["q.weight[0]"] == gone["k.weight[0]"] == gone["v.weight[0]"] == (0, 1, 4, 5, 8, 9)
     assert "temperature[0]" not in gone
+
+
+@pytest.mark.parametrize("spelling", ["masked", "gathered"])
+def test_what_is_repeated_for_every_head_does_not_hold_the_heads(spelling):
+    gone = removed(spelling, "heads")
+    assert gone["q.weight[0]"] == gone["v.weight[0]"] == gone["out.weight[1]"] == tuple(range(6))
 
 
 def test_a_convolution_of_one_element_passes_the_channels_beside_it():
