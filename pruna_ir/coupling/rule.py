@@ -84,11 +84,12 @@ class Site:
         """The values of all tensor arguments, lists included, in schema order."""
         found: list[Value] = []
         for argument in self.arguments.values():
-            items = argument if isinstance(argument, (list, tuple)) else [argument]
+            items = argument if isinstance(argument, (list, tuple)) else (argument,)
             for item in items:
-                value = self.values.get(item) if isinstance(item, fx.Node) else None
-                if isinstance(value, Value):
-                    found.append(value)
+                if isinstance(item, fx.Node):
+                    value = self.values.get(item)
+                    if isinstance(value, Value):
+                        found.append(value)
         return found
 
     def tensors(self, name: str) -> list[Value]:

@@ -103,7 +103,12 @@ class Value:
 
     def sizes(self) -> tuple[Extent, ...]:
         """The size of every dimension."""
-        return tuple(product(factor.size for factor in dim) for dim in self.dims)
+        return tuple(
+            [
+                dim[0].size if len(dim) == 1 else product(factor.size for factor in dim)
+                for dim in self.dims
+            ]
+        )
 
     def with_dims(self, dims: Iterable[tuple[Factor, ...]]) -> Value:
         """The same factors in other dimensions; blocks of vanished factors must be gone."""
