@@ -6,6 +6,7 @@ and compiles Python source every time that it gets a graph, which is most of the
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from torch import fx
@@ -37,7 +38,7 @@ class LazyGraphModule(fx.GraphModule):
         self._graph = graph
         graph.owning_module = self
         vars(self).pop("_code", None)
-        type(self).forward = property(_compiled)  # type: ignore[assignment]
+        type(self).forward = _OnDemand(self)  # type: ignore[assignment]
 
     @property
     def code(self) -> str:
@@ -51,7 +52,15 @@ class LazyGraphModule(fx.GraphModule):
         return super().__reduce__()
 
 
-def _compiled(module: fx.GraphModule) -> Any:
-    """The method ``forward``, compiled from the graph as it is now."""
-    module.recompile()
-    return module.forward
+class _OnDemand:
+    """Stands for ``forward`` until it is asked of the module or its class, which compiles it."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self._module = weakref.ref(module)
+
+    def __get__(self, instance: fx.GraphModule | None, owner: type) -> Any:
+        module = self._module()
+        if module is None:
+            raise ReferenceError("the module of this class is gone")
+        module.recompile()
+        return type(module).forward if instance is None else instance.forward
