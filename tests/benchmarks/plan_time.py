@@ -51,7 +51,7 @@ def build(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], list[n
     torch.manual_seed(0)
     if name == "llama":
         return llama()
-    if name.startswith("deep"):
+    if is_deep(name):
         from tests.coupling.synthetic import deep_network
 
         net = deep_network(int(name.removeprefix("deep")))
@@ -61,6 +61,11 @@ def build(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], list[n
     model = torchvision.models.get_model(name, weights=None, **construction(name)).eval()
     heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1000]
     return model, (example(name),), {}, heads
+
+
+def is_deep(name: str) -> bool:
+    """Whether a name such as ``deep10000`` asks for a net of so many operators."""
+    return name.startswith("deep") and name.removeprefix("deep").isdigit()
 
 
 def construction(name: str) -> dict[str, Any]:
@@ -333,7 +338,7 @@ def report(own: Worker, peer: Worker) -> list[str]:
 def broken(own: Worker, seconds: float, share: float) -> list[str]:
     """Which bounds a model's figures break."""
     found = []
-    bound = DEEP_SECONDS if own.name.startswith("deep") else SECONDS
+    bound = DEEP_SECONDS if is_deep(own.name) else SECONDS
     if own.facts["parameters"] < 100e6 and seconds > bound:
         found.append(f"{own.name}: {seconds:.1f} s > {bound:g} s")
     if own.facts["parameters"] < 100e6 and own.median("bytes") > GIGABYTES * 1e9:
