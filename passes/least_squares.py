@@ -25,6 +25,8 @@ from torch import Tensor
 
 from pruna_ir.errors import PassError
 
+ENOUGH = 16384
+"""Positions of all samples together that moments are taken from, where there are as many."""
 _CHUNK = 1 << 23
 """Elements of inputs that are lifted to float64 at a time."""
 _BLOCK = 96
@@ -125,10 +127,6 @@ def solve(moments: Moments, damping: float) -> tuple[Tensor, Tensor]:
         )
     change = torch.cholesky_solve(moments.xe, factor).mT
     return change, moments.mean_e - (change @ moments.mean_x[:, :, None])[:, :, 0]
-
-
-ENOUGH = 16384
-"""Positions of all samples together that moments are taken from, where there are as many."""
 
 
 def enough(positions: int, samples: int) -> int:

@@ -98,9 +98,6 @@ class Coupling:
         """The plan that removes these units, and nothing else."""
         gone = np.zeros(len(self.solved.frozen), np.bool_)
         gone[np.fromiter(units, np.int64)] = True
-        return self._plan(gone)
-
-    def _plan(self, gone: Mask) -> RemovalPlan:
         removed: dict[str, dict[int, tuple[int, ...]]] = {}
         for name, dim, indices in self.lost(gone):
             removed.setdefault(name, {})[dim] = tuple(indices.tolist())

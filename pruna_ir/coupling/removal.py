@@ -193,7 +193,6 @@ class _Shrunk:
         self._alive = alive
         self._left: dict[int, int] = {}
         self._known: dict[Any, torch.Tensor] = {}
-        self._at: dict[Any, torch.Tensor] = {}
 
     def is_whole(self, block: Block) -> bool:
         """Whether all of a block survives."""
@@ -212,13 +211,6 @@ class _Shrunk:
         shrinking = [block for block in value.blocks if not self.is_whole(block)]
         if not shrinking:
             return None
-        # The same factors and blocks, such as along a residual stream.
-        place = (value.dims, tuple(map(id, value.blocks)), meta.dtype, meta.device)
-        if place not in self._at:
-            self._at[place] = self._smaller(value, meta, shrinking)
-        return self._at[place]
-
-    def _smaller(self, value: Value, meta: torch.Tensor, shrinking: list[Block]) -> torch.Tensor:
         counts = self._counts(value, shrinking)
         after = tuple(
             product(factor.size for factor in factors) if dim not in counts
