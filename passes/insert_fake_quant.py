@@ -48,7 +48,7 @@ from pruna_ir.passes.quant_placement import (
     is_quantised,
     place,
 )
-from pruna_ir.program import computed_nodes, module_path
+from pruna_ir.program import Origin, computed_nodes, module_path
 from pruna_ir.quantization import Grid, QuantParameters, QuantScheme, choose_parameters
 from pruna_ir.registry import find_backend, unknown
 from pruna_ir.transform import Effect, Pass, Rewrite
@@ -115,6 +115,7 @@ class InsertFakeQuant(Pass):
         for node in layers:
             rw.applied(node, f"{layer_name(node)}: int8 for {target}")
         rw.set_attribute(QUANTIZED_FOR, target)
+        rw.set_origin(Origin(rw.before, {}))
 
     def _target(self, rw: Rewrite) -> str:
         if self.target and rw.context.target and self.target != rw.context.target:

@@ -64,10 +64,10 @@ Removed = Mapping[str, Mapping[int, Sequence[int]]]
 
 @dataclass(frozen=True)
 class Origin:
-    """What a program was pruned from, for passes that mend what pruning cost.
+    """What a program was pruned or quantised from, for passes that mend what that cost.
 
     Attributes:
-        program: the unpruned program; its tensors are shared, not copied.
+        program: the unpruned, or float, program; its tensors are shared, not copied.
         removed: what the pruned program lacks, numbered as in the unpruned one.
     """
 
@@ -88,7 +88,7 @@ class Program:
         history: the passes that made this program, oldest first.
         attributes: facts that passes state about the whole program, such as
             ``{"quantized-for": "onnx"}``.
-        origin: set by pruning passes; the next pass drops it unless it works layer by layer
+        origin: set by pruning passes and insert-fake-quant; the next pass drops it unless it works layer by layer
             (`Rewrite.set_origin`). It is not saved.
     """
 
