@@ -88,8 +88,8 @@ class Program:
         history: the passes that made this program, oldest first.
         attributes: facts that passes state about the whole program, such as
             ``{"quantized-for": "onnx"}``.
-        origin: set by pruning passes and insert-fake-quant; the next pass drops it unless it works layer by layer
-            (`Rewrite.set_origin`). It is not saved.
+        origin: set by pruning passes and insert-fake-quant; the next pass drops it unless it
+            works layer by layer (`Rewrite.set_origin`). It is not saved.
     """
 
     module: fx.GraphModule
