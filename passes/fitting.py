@@ -200,7 +200,7 @@ def shift(rw: Rewrite, aim: Aim, amount: Tensor) -> str:
 def _new_bias(rw: Rewrite, layer: Layer, amount: Tensor) -> str:
     node = layer.node
     value = node.meta["val"]
-    path = str(layer.weight.target).rpartition(".")[0] if layer.weight.op == "get_attr" else ""
+    path = "" if layer.stored is None else str(layer.stored.target).rpartition(".")[0]
     own_bias = layer.form.bias is not None
     bias = rw.constant(
         torch.nn.Parameter(amount.to(value.device)),

@@ -6,7 +6,8 @@ the W, and `tail` the affine operators behind it (a bias added apart, a batch no
 statistics, a residual addition), at whose end it is to be right.
 
 Limits: only layers whose weight is a tensor of the program, read directly, are seen as matrices,
-and transposed convolutions are not. Einsum and quantised layers are not layers here.
+and transposed convolutions are not. Einsum is no layer here. A quantised layer reads its weight
+through a fake-quant; `Layer.stored` is the tensor behind it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from pruna_ir.call import Call, bind_arguments
+from pruna_ir.kernels.fake_quant import KERNEL as FAKE_QUANT
 from pruna_ir.program import Program, Removed, shape_of
 
 aten = torch.ops.aten
@@ -84,6 +86,16 @@ class Layer:
         return self._operand(self.form.weight)
 
     @property
+    def stored(self) -> fx.Node | None:
+        """The node of the tensor that its weight is, or that its weight's fake-quant reads."""
+        return stored(self.weight)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether a fake-quant stands before its weight or its input."""
+        return FAKE_QUANT.op in (self.weight.target, self.input.target)
+
+    @property
     def bias(self) -> fx.Node | None:
         """The node of its bias argument."""
         name = self.form.bias
@@ -136,9 +148,16 @@ def layer_at(program: Program, node: fx.Node) -> Layer | None:
         return None
     bound = bind_arguments(node)
     source, weight = bound[form.input], bound[form.weight]
-    if source.op == "get_attr" or (weight.op != "get_attr" and _is_product(node)):
+    if source.op == "get_attr" or (stored(weight) is None and _is_product(node)):
         return None
     return Layer(program, node)
+
+
+def stored(weight: fx.Node) -> fx.Node | None:
+    """The tensor that a node is or fake-quantises; None where it is computed in another way."""
+    if weight.target is FAKE_QUANT.op:
+        weight = bind_arguments(weight)["x"]
+    return weight if weight.op == "get_attr" else None
 
 
 def why_no_matrix(layer: Layer) -> str:

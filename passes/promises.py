@@ -52,13 +52,15 @@ class Untouched:
 
 @dataclass(frozen=True)
 class MeansAgree:
-    """The mean of each output channel of some layers is the unpruned program's.
+    """The mean of each output channel of some layers is that of the program they stem from.
 
     Attributes:
         layers: node names.
+        every: they need not have lost inputs.
     """
 
     layers: tuple[str, ...]
+    every: bool = False
 
     def __call__(self, before: Program, after: Program, context: Context) -> list[Finding]:  # noqa: ARG002
         """One figure a layer: the largest difference of means over the values' magnitude."""
@@ -68,7 +70,7 @@ class MeansAgree:
                 mean.relative(),
                 rounding_limit(aim.layer.node.meta["val"].dtype),
             )
-            for aim, mean in _followed(self.layers, after, context)
+            for aim, mean in _followed(self, after, context)
         ]
 
 
@@ -220,13 +222,13 @@ class _Mean:
 
 
 def _followed(
-    layers: tuple[str, ...], after: Program, context: Context
+    test: MeansAgree, after: Program, context: Context
 ) -> list[tuple[Aim, _Mean]]:
     origin = _origin(after)
     chosen = [
         aim
-        for aim in aims(after, origin, residual=False)
-        if isinstance(aim, Aim) and aim.layer.node.name in layers
+        for aim in aims(after, origin, residual=False, every=test.every)
+        if isinstance(aim, Aim) and aim.layer.node.name in test.layers
     ]
     means = [_Mean(aim) for aim in chosen]
     for inputs in _batches(after, context):
