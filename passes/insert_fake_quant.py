@@ -65,7 +65,7 @@ class InsertFakeQuant(Pass):
 
     Options:
         target: the backend whose grids and placement to use; the pipeline's target by default.
-        ranges: how activation ranges are chosen: ``mse``, ``minmax`` or ``percentile``.
+        ranges: how activation ranges are chosen: ``mse``, ``minmax``, ``percentile`` or ``kl``.
         percentile: the share of values, in percent, that ``percentile`` keeps on each side.
         weights: how weight scales are chosen: ``minmax``, or ``mse`` per channel.
         samples: how many samples of the data to calibrate on.

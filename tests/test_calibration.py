@@ -36,6 +36,7 @@ from pruna_ir.quantization import (
     QuantParameters,
     choose_parameters,
 )
+from tests.test_divergence import divergence_reference
 
 GRIDS = [U8_ASYMMETRIC, S8_SYMMETRIC, S8_ASYMMETRIC, Grid(-8, 7, symmetric=False)]
 values = st.lists(
@@ -189,6 +190,64 @@ def test_mse_cuts_an_outlier_and_minmax_does_not() -> None:
     assert clipped_fraction(histogram, wide) == 0.0
     assert 0 < clipped_fraction(histogram, tight) < 1e-3
     assert sqnr_db(histogram, tight) > sqnr_db(histogram, wide) + 1
+
+
+def divergence_of_scales(histogram: Histogram, grid: Grid) -> dict[float, float]:
+    """Every threshold by hand: the least divergence of those that give a scale."""
+    counts, first, levels = histogram.counts.tolist(), histogram.first, 2**grid.bits
+    if grid.symmetric:
+        below, above = counts[:-first][::-1] if first else [], counts[-first:]
+        size = max(len(below), len(above))
+        padded = [part + [0] * (size - len(part)) for part in (below, above)]
+        counts, first, levels = [a + b for a, b in zip(*padded, strict=True)], 0, levels // 2
+    low, high = min(0.0, histogram.low), max(0.0, histogram.high)
+    found: dict[float, float] = {}
+    for t in range(1, max(len(counts) + first, -first) + 1):
+        if min(t, -first) + min(t, len(counts) + first) >= levels:
+            bound = t * histogram.width
+            scale = float(choose_parameters(max(low, -bound), min(high, bound), grid, "").scale)
+            value = divergence_reference(counts, first, t, levels)
+            found[scale] = min(value, found.get(scale, math.inf))
+    return found
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("name", distributions())
+def test_kl_keeps_the_range_of_the_least_divergence(name: str, grid: Grid) -> None:
+    histogram = seen(distributions()[name], bins=600 if grid.bits == 8 else 60)
+    chosen = float(estimate(histogram, "kl", grid, name).scale)
+    found = divergence_of_scales(histogram, grid)
+    if not found or min(found.values()) == math.inf:
+        assert chosen == float(estimate(histogram, "minmax", grid, name).scale)
+    else:
+        assert found[chosen] <= min(found.values()) + 1e-9
+
+
+def test_kl_merges_bins_down_to_sixteen_a_level() -> None:
+    x = torch.randn(50_000, generator=torch.Generator().manual_seed(0))
+    for grid, bins in ((U8_ASYMMETRIC, 4096), (S8_SYMMETRIC, 4096), (GRIDS[-1], 256)):
+        fine, coarse = seen(x, 8192), seen(x, bins)
+        assert fine.exponent < coarse.exponent
+        scales = [float(estimate(h, "kl", grid, "x").scale) for h in (fine, coarse)]
+        assert scales[0] == scales[1]
+
+
+def test_kl_cuts_rare_outliers_and_keeps_what_is_dense() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.cat([torch.randn(100_000, generator=generator), torch.full((4,), 40.0)])
+    cut = estimate(seen(x), "kl", S8_SYMMETRIC, "x")
+    assert 3.0 < 127 * float(cut.scale) < 8.0
+    uniform = torch.rand(100_000, generator=generator) * 2 - 1
+    kept = estimate(seen(uniform), "kl", S8_SYMMETRIC, "x")
+    assert 128 * float(kept.scale) == pytest.approx(1.0, rel=0.02)
+
+
+def test_kl_does_not_see_how_many_values_are_zero() -> None:
+    x = torch.randn(20_000, generator=torch.Generator().manual_seed(0)).relu()
+    one, many = (estimate(seen(v), "kl", U8_ASYMMETRIC, "x") for v in (
+        x[x > 0], torch.cat([x, torch.zeros(90_000)])
+    ))  # fmt: skip
+    assert float(one.scale) == float(many.scale)
 
 
 @pytest.mark.parametrize("percentile", [90.0, 99.0, 100.0])

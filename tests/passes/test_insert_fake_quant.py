@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from pruna_ir.calibration import Histogram
+from pruna_ir.calibration import METHODS, Histogram
 from pruna_ir.call import Call
 from pruna_ir.capture import capture
 from pruna_ir.checks import check
@@ -383,7 +383,7 @@ def test_a_fused_ffn_is_refused() -> None:
 # -- parameters ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ranges", ["minmax", "mse", "percentile"])
+@pytest.mark.parametrize("ranges", METHODS)
 def test_the_promise_holds_for_every_kind_of_range(ranges: str) -> None:
     program, calibration = captured(Net(), 3, 15, 15), data(3, 15, 15)
     pass_ = InsertFakeQuant(target="onnx", ranges=ranges)
