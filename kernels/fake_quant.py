@@ -18,11 +18,20 @@ v = x / scale, n = qmin - zero_point and p = qmax - zero_point:
     dy/dx     = 1 where n < v < p, else 0
     dy/dscale = round(v) - v where n < v < p; n where v <= n; p where v >= p
 
+Both are computed without v, from x and the result y, which a layer behind keeps anyway:
+
+    dy/dscale = (y - x * dy/dx) / scale
+
+One scale over a dense tensor on the CPU goes through in chunks that stay in cache, with the
+clamps' edges moved from v to x once, exactly; the result is the same to the last bit.
+
 NaN stays NaN; infinities saturate. A scale must be positive: whoever makes one sees to that.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +40,8 @@ from pruna_ir.kernels.kernel import Kernel
 
 _aten = torch.ops.aten
 _REDUCED = (torch.float16, torch.bfloat16)
-
+_CHUNK = 1 << 17
+"""Elements that one thread works on at a time, so that every step finds them in its cache."""
 
 _SCHEMA = "(Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, int qmax) -> Tensor"
 
@@ -63,10 +73,58 @@ def fake_quant(
     tensor([0.0000, 0.0000, 1.0000, 1.5000])
     """
     _check(x, scale, zero_point, axis, qmin, qmax)
+    if axis is None and _is_dense(x):
+        return _whole_tensor(x, scale, zero_point, qmin, qmax)
     step, zero = _along(scale, axis, x), _along(zero_point, axis, x)
     work = x.to(step.dtype)
     levels = (work / step).round_().add_(zero).clamp_(qmin, qmax)
     return levels.sub_(zero).mul_(step).to(x.dtype)
+
+
+def _whole_tensor(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int
+) -> torch.Tensor:
+    """The operator for one scale, chunk by chunk; the same to the last bit.
+
+    Levels count from the zero point, which moves the clamp instead of them. A product added to 0
+    turns -0.0 into 0.0, as adding and subtracting the zero point does.
+    """
+    step, zero = scale.to(x.dtype), int(zero_point)
+    factor, nothing = float(step), x.new_zeros(())
+    y = torch.empty_like(x)
+    for source, levels in _chunks(x, y):
+        torch.div(source, step, out=levels)
+        levels.round_().clamp_(qmin - zero, qmax - zero)
+        torch.add(nothing, levels, alpha=factor, out=levels)
+    return y
+
+
+def _is_dense(*tensors: torch.Tensor) -> bool:
+    """Whether these are real CPU tensors in one layout without gaps, in one full precision."""
+    first = tensors[0]
+    return (
+        all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+        and first.device.type == "cpu"
+        and first.dtype in (torch.float32, torch.float64)
+        and all(t.dtype == first.dtype and t.stride() == first.stride() for t in tensors)
+        and _flat(first) is not None
+    )
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor | None:
+    """All elements in the order of memory, as a view; None where there are gaps."""
+    if x.is_contiguous():
+        return x.detach().view(-1)
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    permuted = x.detach().permute(order)
+    return permuted.view(-1) if permuted.is_contiguous() else None
+
+
+def _chunks(*tensors: torch.Tensor) -> Iterator[Sequence[torch.Tensor]]:
+    """The same pieces of dense tensors of one layout."""
+    size = _CHUNK * torch.get_num_threads()
+    flat = [torch.split(found, size) for t in tensors if (found := _flat(t)) is not None]
+    return zip(*flat, strict=True)
 
 
 def _check(
@@ -133,30 +191,111 @@ def fake_quant_reference(
     return y if axis is None else _aten.transpose.int(y, axis, -1)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG001
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, scale, zero_point, axis, qmin, qmax = inputs
-    ctx.save_for_backward(x, scale, zero_point)
+    ctx.save_for_backward(x, output, scale, zero_point)
     ctx.axis, ctx.qmin, ctx.qmax = axis, qmin, qmax
 
 
 def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    x, scale, zero_point = ctx.saved_tensors
-    step, zero = _along(scale, ctx.axis, x), _along(zero_point, ctx.axis, x)
-    v = x.to(step.dtype) / step
-    low, high = ctx.qmin - zero, ctx.qmax - zero
-    inside = (v > low) & (v < high)
-    to_x = grad * inside if ctx.needs_input_grad[0] else None
-    if not ctx.needs_input_grad[1]:
-        return to_x, None, None, None, None, None
-    slope = torch.where(inside, v.round() - v, torch.where(v >= high, high, low))
-    to_scale = (grad.to(slope.dtype) * slope).to(scale.dtype)
-    if ctx.axis is None:
-        to_scale = to_scale.sum()
-    else:
-        kept = ctx.axis % x.dim()
-        others = [axis for axis in range(x.dim()) if axis != kept]
-        to_scale = to_scale.sum(others) if others else to_scale
+    x, y, scale, zero_point = ctx.saved_tensors
+    to_x, to_scale = fake_quant_gradients(
+        grad, x, y, scale, zero_point, ctx.axis, ctx.qmin, ctx.qmax,
+        wanted=(ctx.needs_input_grad[0], ctx.needs_input_grad[1]),
+    )  # fmt: skip
     return to_x, to_scale, None, None, None, None
+
+
+def fake_quant_gradients(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    axis: int | None,
+    qmin: int,
+    qmax: int,
+    *,
+    wanted: tuple[bool, bool] = (True, True),
+    rounding: bool = True,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The gradients with respect to ``x`` and ``scale``.
+
+    Args:
+        grad: the gradient with respect to the result.
+        x: the operand, as the other arguments.
+        y: the result.
+        scale: see `fake_quant`.
+        zero_point: likewise.
+        axis: likewise.
+        qmin: likewise.
+        qmax: likewise.
+        wanted: which of the two are needed; the other is None.
+        rounding: count what rounding does to the scale's gradient, round(v) - v inside of the
+            grid; without it only values outside count, as if 0 stood there.
+    """
+    fast = axis is None and not torch.is_grad_enabled() and _is_dense(x, y, grad)
+    if fast:
+        return _whole_gradients(grad, x, y, scale, zero_point, qmin, qmax, wanted, rounding)
+    step, zero = _along(scale, axis, x), _along(zero_point, axis, x)
+    v, low, high = x.to(step.dtype) / step, qmin - zero, qmax - zero
+    outside = (v <= low) | (v >= high)
+    to_x = grad.masked_fill(outside, 0.0) if wanted[0] else None
+    if not wanted[1]:
+        return to_x, None
+    levels = v.round().clamp(low, high)
+    slope = levels - (v if rounding else levels).masked_fill(outside, 0.0)
+    to_scale = (grad.to(step.dtype) * slope).to(scale.dtype)
+    if axis is None:
+        return to_x, to_scale.sum()
+    kept = axis % x.dim()
+    others = [dim for dim in range(x.dim()) if dim != kept]
+    return to_x, to_scale.sum(others) if others else to_scale
+
+
+def _whole_gradients(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    qmin: int,
+    qmax: int,
+    wanted: tuple[bool, bool],
+    rounding: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The gradients for one scale, chunk by chunk; hardtanh's is the mask between two edges."""
+    step, zero = scale.detach().to(x.dtype), int(zero_point)
+    low, high = _edge(step, qmin - zero, upper=False), _edge(step, qmax - zero, upper=True)
+    between = _aten.hardtanh_backward.grad_input
+    to_x = torch.empty_like(x) if wanted[0] else None
+    room = x.new_empty(min(x.numel(), _CHUNK * torch.get_num_threads()))
+    total = 0.0
+    for g, value, result, out in _chunks(grad, x, y, y if to_x is None else to_x):
+        if to_x is not None:
+            between(g, value, low, high, grad_input=out)
+        if wanted[1]:
+            slope = room[: len(g)]
+            between(value if rounding else result, value, low, high, grad_input=slope)
+            torch.sub(result, slope, out=slope)
+            total += float(torch.dot(g, slope))
+    to_scale = scale.new_tensor(total / float(step)) if wanted[1] else None
+    return to_x, to_scale
+
+
+def _edge(step: torch.Tensor, level: int, *, upper: bool) -> float:
+    """The value nearest to 0 whose quotient by ``step``, as it is rounded, reaches a level.
+
+    It is within a few units in the last place of their product.
+    """
+    if level == 0:
+        return 0.0
+    bits = torch.int32 if step.dtype is torch.float32 else torch.int64
+    near = ((step * level).view(bits) + torch.arange(-4, 5, dtype=bits)).view(step.dtype)
+    reached = near[near / step >= level if upper else near / step <= level]
+    if not len(reached):
+        return math.inf if upper else -math.inf
+    return float(reached.min() if upper else reached.max())
 
 
 torch.library.register_autograd("pruna::fake_quant", _gradients, setup_context=_save)

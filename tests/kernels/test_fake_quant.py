@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from fractions import Fraction
 
 import pytest
@@ -9,7 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruna_ir.kernels.fake_quant import KERNEL, fake_quant, fake_quant_reference
+from pruna_ir.kernels.fake_quant import (
+    KERNEL,
+    fake_quant,
+    fake_quant_gradients,
+    fake_quant_reference,
+)
 
 TINY = torch.finfo(torch.float32).tiny
 OP = torch.ops.pruna.fake_quant.default
@@ -196,3 +202,124 @@ def test_survives_export_and_export_again_with_dynamic_batch() -> None:
 def test_kernel_is_a_primitive() -> None:
     assert KERNEL.primitive
     assert KERNEL.op is OP
+
+
+# -- one scale over a dense tensor: chunks and edges ---------------------------------------------
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(torch.int32 if x.dtype is torch.float32 else torch.int64)
+
+
+def plain(
+    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, qmin: int, qmax: int
+) -> torch.Tensor:
+    return fake_quant_reference(x, scale.to(x.dtype), zero, None, qmin, qmax)
+
+
+layouts = st.sampled_from(["contiguous", "channels_last", "strided", "permuted"])
+
+
+def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    if layout == "channels_last":
+        return x.to(memory_format=torch.channels_last)
+    if layout == "strided":
+        return torch.stack([x, x + 1], -1)[..., 0]
+    return x.transpose(1, 3).contiguous().transpose(1, 3) if layout == "permuted" else x
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), grids, layouts, st.sampled_from([torch.float32, torch.float64]))
+def test_every_layout_gives_the_same_bits(
+    seed: int, grid: tuple[int, int], layout: str, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    qmin, qmax = grid
+    x = torch.randn(2, 3, 5, 4, generator=generator, dtype=dtype)
+    x[0, 0, 0] = torch.tensor([0.0, -0.0, float("inf"), -1e38], dtype=dtype)
+    zero = torch.randint(qmin, qmax + 1, (), generator=generator, dtype=torch.int32)
+    scale = torch.rand((), generator=generator) * 0.1 + 1e-3
+    y = fake_quant(laid_out(x, layout), scale, zero, None, qmin, qmax)
+    assert torch.equal(bits(y), bits(plain(x, scale, zero, qmin, qmax)))
+
+
+def test_tensors_of_many_chunks_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules[fake_quant_gradients.__module__]
+    monkeypatch.setattr(module, "_CHUNK", 7)
+    torch.manual_seed(0)
+    x, grad = torch.randn(3, 11), torch.randn(3, 11)
+    scale, zero = torch.tensor(0.3), torch.tensor(1, dtype=torch.int32)
+    y = fake_quant(x, scale, zero, None, -4, 3)
+    assert torch.equal(y, plain(x, scale, zero, -4, 3))
+    with torch.no_grad():
+        fast = fake_quant_gradients(grad, x, y, scale, zero, None, -4, 3)
+    slow = fake_quant_gradients(grad, x, y, scale, zero, None, -4, 3)  # grad mode: no chunks
+    assert torch.equal(fast[0], slow[0])
+    torch.testing.assert_close(fast[1], slow[1])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.floats(2**-100, 2.0**100, width=32), st.integers(-128, 255), grids,
+    st.sampled_from([torch.float32, torch.float64]),
+)  # fmt: skip
+def test_edges_clip_exactly_where_the_quotient_does(
+    scale: float, zero: int, grid: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Values within a few units in the last place of both edges, and the edges themselves."""
+    qmin, qmax = grid
+    zero = min(max(zero, qmin), qmax)
+    step, z = torch.tensor(scale), torch.tensor(zero, dtype=torch.int32)
+    ends = torch.tensor([qmin - zero, qmax - zero], dtype=dtype) * step.to(dtype)
+    kind = torch.int32 if dtype is torch.float32 else torch.int64
+    offsets = torch.arange(-6, 7, dtype=kind)
+    x = torch.cat([(bits(end) + offsets).view(dtype) for end in ends if end])
+    x = torch.cat([x, torch.tensor([0.0, float("inf"), float("-inf")], dtype=dtype)])
+    v = x / step.to(dtype)
+    inside = (v > qmin - zero) & (v < qmax - zero)
+    with torch.no_grad():
+        to_x, _ = fake_quant_gradients(
+            torch.ones_like(x), x, fake_quant(x, step, z, None, qmin, qmax), step, z, None,
+            qmin, qmax, wanted=(True, False),
+        )  # fmt: skip
+    assert torch.equal(to_x, inside.to(dtype))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), grids, layouts, st.booleans())
+def test_one_scale_has_the_gradients_of_the_formulas(
+    seed: int, grid: tuple[int, int], layout: str, rounding: bool
+) -> None:
+    """Multiples of half a step, so that ties and clamps are hit, and values between them."""
+    generator = torch.Generator().manual_seed(seed)
+    qmin, qmax = grid
+    scale = 2.0 ** float(torch.randint(-8, 3, (), generator=generator))
+    zero = int(torch.randint(qmin, qmax + 1, (), generator=generator))
+    halves = torch.randint(2 * qmin - 5, 2 * qmax + 6, (2, 3, 5, 4), generator=generator)
+    v = halves.double() / 2 - zero
+    v[1] += torch.rand(3, 5, 4, generator=generator, dtype=torch.float64)
+    x, grad = laid_out(v * scale, layout), torch.randn(2, 3, 5, 4, generator=generator).double()
+    step, z = torch.tensor(scale), torch.tensor(zero, dtype=torch.int32)
+    y = fake_quant(x, step, z, None, qmin, qmax)
+    with torch.no_grad():
+        to_x, to_scale = fake_quant_gradients(
+            laid_out(grad, layout), x, y, step, z, None, qmin, qmax, rounding=rounding
+        )
+    low, high = qmin - zero, qmax - zero
+    expected = 0.0
+    for value, g, got in zip(v.flatten().tolist(), grad.flatten().tolist(), to_x.flatten(),
+                             strict=True):  # fmt: skip
+        inside = low < value < high
+        assert float(got) == (g if inside else 0.0)
+        slope = round(value) - value if rounding else 0.0
+        expected += g * (slope if inside else high if value >= high else low)
+    assert float(to_scale) == pytest.approx(expected, rel=1e-6, abs=1e-6 * (qmax - qmin))
+
+
+def test_second_derivatives_are_those_of_the_slope_that_is_flat() -> None:
+    x = torch.tensor([0.3, 5.0], dtype=torch.float64, requires_grad=True)
+    grad = torch.tensor([2.0, 2.0], dtype=torch.float64, requires_grad=True)
+    y = fake_quant(x, torch.tensor(0.5), torch.tensor(0, dtype=torch.int32), None, -4, 3)
+    (first,) = torch.autograd.grad(y, x, grad, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), grad)
+    assert second.tolist() == [1.0, 0.0]
