@@ -5,6 +5,10 @@ bins, and quantised to the levels of the grid; of all t, the one of the least Ku
 divergence is kept (see `divergences`). A symmetric grid sees absolute values; an asymmetric one
 clips both sides at t, each as far as it goes.
 
+One thing is added to the source: at most 1 / levels of the values may be clipped, as many as an
+average level holds. Where values are few or far from 0, the divergence alone is least, and even 0,
+for the range that clips nearly all of them into one bin.
+
 Limits: a range has one threshold for both sides. Exact zeros are the caller's to leave out: all
 grids represent them, and after a ReLU they would outweigh everything else.
 """
@@ -49,9 +53,26 @@ def least_divergence(counts: torch.Tensor, first: int, grid: Grid) -> int | None
     if least is None:
         return None
     thresholds = torch.arange(least, max(len(counts) + first, -first) + 1)
+    outside = counts.sum() - _kept(counts, first, thresholds)
+    thresholds = thresholds[outside * levels <= counts.sum()]
     found = divergences(counts, first, thresholds, levels)
     best = len(found) - 1 - int(found.flip(0).argmin())
     return int(thresholds[best]) * merged
+
+
+def _kept(counts: torch.Tensor, first: int, thresholds: torch.Tensor) -> torch.Tensor:
+    """How many values lie in the bins [-t, t) of each threshold t."""
+    start, end = _kept_bins(counts, first, thresholds)
+    sums = running_sums(counts)
+    return sums[end] - sums[start]
+
+
+def _kept_bins(
+    counts: torch.Tensor, first: int, thresholds: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The positions at which the bins [-t, t) of each threshold t begin and end."""
+    start = (-thresholds).clamp(min=first) - first
+    return start, thresholds.clamp(max=len(counts) + first) - first
 
 
 def halved(counts: torch.Tensor, first: int) -> tuple[torch.Tensor, int]:
@@ -114,8 +135,7 @@ def divergences(
         [n] float64 divergences.
     """
     c = counts.double()
-    start = (-thresholds).clamp(min=first) - first  # [n]: the first kept bin
-    end = thresholds.clamp(max=len(c) + first) - first
+    start, end = _kept_bins(counts, first, thresholds)
     sums = running_sums(c), running_sums((c > 0).double()), running_sums(torch.xlogy(c, c))
     steps = torch.arange(levels + 1)
     edges = start[:, None] + steps * (end - start)[:, None] // levels  # [n, levels + 1]
