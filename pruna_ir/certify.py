@@ -38,7 +38,7 @@ from pruna_ir.equivalence import relative_error, run_float64, run_native, sqnr_d
 from pruna_ir.errors import LoweringError
 from pruna_ir.lowering import CERTIFICATE, KernelRow, Runner, Verdict
 from pruna_ir.noise import NOISE_STEPS, is_fake_quant, run_noisy
-from pruna_ir.program import Program
+from pruna_ir.program import Program, computed_nodes
 from pruna_ir.reexport import resized
 from pruna_ir.stimuli import Stimulus, stimuli
 
@@ -278,8 +278,11 @@ def versions() -> dict[str, str]:
 
 
 def is_quantised(program: Program) -> bool:
-    """Whether the program rounds to integer grids anywhere."""
-    return any(is_fake_quant(node) for node in program.calls())
+    """Whether the program rounds what it computes to integer grids.
+
+    A program that rounds weights only is no staircase: it is judged like any float program.
+    """
+    return any(is_fake_quant(node) for node in computed_nodes(program))
 
 
 # -- stimuli -----------------------------------------------------------------------------------

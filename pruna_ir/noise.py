@@ -25,7 +25,7 @@ from torch import fx
 
 from pruna_ir.call import Call
 from pruna_ir.equivalence import Lifted
-from pruna_ir.program import Program
+from pruna_ir.program import Program, computed_nodes
 
 NOISE_STEPS = 1 / 512
 """The largest noise before a rounding, in quantisation steps."""
@@ -45,6 +45,7 @@ class _Noisy(Lifted):
         super().__init__(program)
         self._program = program
         self._generator = generator
+        self._computed = computed_nodes(program)
 
     def run_node(self, n: fx.Node) -> Any:
         """One node; a fake-quant of a computed value sees it off by a fraction of a step."""
@@ -52,7 +53,7 @@ class _Noisy(Lifted):
             return super().run_node(n)
         call = Call(self._program, n)
         source, steps = call.producer("x"), call.producer("scale")
-        if source is None or steps is None or source.op == "get_attr":
+        if source is None or steps is None or source not in self._computed:
             return super().run_node(n)
         x, scale = self.env[source], self.env[steps]
         axis = call.arg("axis")

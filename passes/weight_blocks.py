@@ -1,0 +1,291 @@
+"""Weights on grids by blocks: how they stand in a program, and how their scales are chosen.
+
+A weight of a matrix product is a matrix [outputs, inputs], cut along the inputs into blocks of
+which each has a scale and a zero point of its own. It stays on the one operator:
+
+    W                      [outputs, inputs]
+    reshape                [outputs * blocks, block]
+    fake_quant(axis=0)     scale, zero_point [outputs * blocks]
+    reshape                [outputs, inputs]
+
+with a transposition before and after where the weight is stored as [inputs, outputs] (``addmm``,
+Hugging Face's Conv1D). One block a row is the scale per output channel, without any view.
+
+`StoredWeight` reads such a weight back. It follows elements, not patterns: every view between the
+parameter and the reader moves each element somewhere, so the views are run on element numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import Tensor, fx
+
+from pruna_ir.call import Call, bind_arguments
+from pruna_ir.errors import UsageError
+from pruna_ir.kernels.fake_quant import KERNEL as FAKE_QUANT
+from pruna_ir.passes.linear_layers import FORMS, Layer
+from pruna_ir.program import Program, shape_of
+from pruna_ir.quantization import Grid, QuantParameters, choose_parameters
+from pruna_ir.registry import unknown
+from pruna_ir.transform import Rewrite
+
+aten = torch.ops.aten
+
+PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
+"""The operators whose constant matrix is quantised by blocks."""
+SMALLEST_BLOCK = 16
+"""No runtime has kernels for smaller blocks."""
+_FRACTIONS = torch.linspace(1.0, 0.5, 21, dtype=torch.float64)
+_CHUNK = 1 << 22
+"""Elements that are searched at a time."""
+_VIEWS = frozenset(
+    {
+        aten.reshape.default, aten.view.default, aten.transpose.int, aten.permute.default,
+        aten.t.default,
+    }
+)  # fmt: skip
+
+Scales = Literal["minmax", "mse"]
+
+
+def weight_grid(bits: int, *, symmetric: bool) -> Grid:
+    """The integers of weights: a symmetric 8-bit grid leaves out -128.
+
+    >>> [str(weight_grid(bits, symmetric=s)) for bits in (8, 4) for s in (True, False)]
+    ['s8[-127, 127]', 'u8[0, 255]', 's4[-8, 7]', 'u4[0, 15]']
+    """
+    if not symmetric:
+        return Grid(0, 2**bits - 1, symmetric=False)
+    return Grid(-127, 127, symmetric=True) if bits == 8 else Grid(-8, 7, symmetric=True)
+
+
+def fitting_block(inputs: int, block: int) -> int:
+    """The largest block up to the wanted one that divides a row: halved until it does.
+
+    A whole row where none of at least `SMALLEST_BLOCK` does, or where 0 was wanted.
+
+    >>> [fitting_block(inputs, 64) for inputs in (768, 800, 172)], fitting_block(768, 0)
+    ([64, 32, 172], 768)
+    """
+    while block >= SMALLEST_BLOCK:
+        if inputs % block == 0:
+            return block
+        block //= 2
+    return inputs
+
+
+def block_parameters(rows: Tensor, grid: Grid, scales: Scales, name: str) -> QuantParameters:
+    """A scale and zero point for each row of [rows, block], chosen in float64.
+
+    ``minmax`` spans the row; ``mse`` takes the fraction of it, of 21 between 1 and 0.5, at which
+    the squared error is least.
+
+    Raises:
+        PassError: the weight holds NaN or infinity.
+    """
+    if not rows.numel():
+        ones = rows.new_zeros(rows.shape[0], dtype=torch.float64)
+        return choose_parameters(ones, ones, grid, name, 0)
+    step = max(1, _CHUNK // rows.shape[1])
+    found = [_chosen(part.double(), grid, scales, name) for part in torch.split(rows, step)]
+    scale, zero = (torch.cat([getattr(p, k) for p in found]) for k in ("scale", "zero_point"))
+    return QuantParameters(scale, zero, grid, 0)
+
+
+def _chosen(rows: Tensor, grid: Grid, scales: Scales, name: str) -> QuantParameters:
+    low, high = rows.amin(1), rows.amax(1)
+    best = choose_parameters(low, high, grid, name, 0)
+    if scales == "minmax":
+        return best
+    error = _error(rows, best)
+    for fraction in _FRACTIONS[1:].tolist():
+        tried = choose_parameters(low * fraction, high * fraction, grid, name, 0)
+        found = _error(rows, tried)
+        better = found < error
+        error = torch.where(better, found, error)
+        scale = torch.where(better, tried.scale, best.scale)
+        zero = torch.where(better, tried.zero_point, best.zero_point)
+        best = QuantParameters(scale, zero, grid, 0)
+    return best
+
+
+def _error(rows: Tensor, parameters: QuantParameters) -> Tensor:
+    return (parameters.reals(parameters.integers(rows)) - rows).square().sum(1)
+
+
+def as_rows(weight: Tensor, layer: Layer, block: int) -> Tensor:
+    """A layer's weight as rows of blocks [outputs * blocks, block]."""
+    return layer.matrix(weight)[0].reshape(-1, block)
+
+
+def insert_blocks(rw: Rewrite, layer: Layer, parameters: QuantParameters, block: int) -> fx.Node:
+    """Let a layer read its weight on a grid by blocks; returns the fake-quant."""
+    node, source = layer.node, layer.weight
+    name = str(source.target)
+    weight = rw.program.tensor(name)
+    outputs, inputs = layer.matrix(weight)[0].shape
+    transposed, whole = layer.form.reads == 0, block == inputs
+    value, axis = source, 1 if transposed and whole else 0
+    if transposed and not whole:
+        value = _transposed(rw, value, node)
+    if not whole:
+        shape = [outputs * (inputs // block), block]
+        value = rw.insert(aten.reshape.default, before=node, like=node, self=value, shape=shape)
+    value = rw.insert(
+        FAKE_QUANT.op, before=node, like=node, x=value, axis=axis,
+        scale=rw.constant(parameters.scale, f"{name}_scale", before=node),
+        zero_point=rw.constant(parameters.zero_point, f"{name}_zero_point", before=node),
+        qmin=parameters.grid.qmin, qmax=parameters.grid.qmax,
+    )  # fmt: skip
+    fake = value
+    if not whole:
+        shape = [outputs, inputs]
+        value = rw.insert(aten.reshape.default, before=node, like=node, self=value, shape=shape)
+    if transposed and not whole:
+        value = _transposed(rw, value, node)
+    rw.update(node, **{layer.form.weight: value})
+    return fake
+
+
+def _transposed(rw: Rewrite, value: fx.Node, node: fx.Node) -> fx.Node:
+    return rw.insert(aten.transpose.int, before=node, like=node, self=value, dim0=0, dim1=1)
+
+
+# -- reading back --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A matrix product whose weight is a constant on a grid.
+
+    Attributes:
+        node: the product.
+        fake: the fake-quant of its weight.
+        source: the parameter.
+    """
+
+    program: Program
+    node: fx.Node
+    fake: fx.Node
+    source: fx.Node
+
+    @property
+    def layer(self) -> Layer:
+        """The product as a layer; its weight is computed (`matrix` and `rows` serve)."""
+        return Layer(self.program, self.node)
+
+    @property
+    def grid(self) -> Grid:
+        """The integers; symmetric where every zero point is 0."""
+        call = Call(self.program, self.fake)
+        zero = call.parameter("zero_point")
+        assert zero is not None
+        low, high = int(call.number("qmin")), int(call.number("qmax"))
+        return Grid(low, high, symmetric=low < 0 and not bool(zero.any()))
+
+    def weight(self) -> Tensor:
+        """The float weight, [outputs, inputs], float64."""
+        value = self.program.tensor(str(self.source.target)).detach()
+        return self._spread(self._before(value)).double()
+
+    def rounded(self) -> Tensor:
+        """The weight as the product reads it, [outputs, inputs], float64."""
+        value = self._before(self.program.tensor(str(self.source.target)).detach())
+        bound = bind_arguments(self.fake)
+        for key in ("scale", "zero_point"):
+            bound[key] = self.program.tensor(str(bound[key].target)).detach()
+        bound["x"] = value
+        with torch.no_grad():
+            return self._spread(FAKE_QUANT.op(**bound)).double()
+
+    def parameters(self) -> tuple[Tensor, Tensor]:
+        """The scale and zero point of every element, [outputs, inputs], float64."""
+        bound = bind_arguments(self.fake)
+        shape = tuple(int(size) for size in shape_of(bound["x"]) or ())
+        along = [1] * len(shape)
+        if bound["axis"] is not None:
+            along[bound["axis"]] = -1
+        found = []
+        for key in ("scale", "zero_point"):
+            value = self.program.tensor(str(bound[key].target)).detach().double()
+            found.append(self._spread(value.reshape(along).expand(shape)))
+        return found[0], found[1]
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """A weight [outputs, inputs] in the parameter's own shape and order."""
+        old = self.program.tensor(str(self.source.target))
+        numbers = torch.arange(old.numel(), device=old.device).reshape(old.shape)
+        places = self._spread(self._before(numbers))
+        new = torch.empty(old.numel(), dtype=matrix.dtype, device=old.device)
+        new[places.reshape(-1)] = matrix.reshape(-1)
+        return new.reshape(old.shape)
+
+    def _before(self, value: Tensor) -> Tensor:
+        """The parameter as the fake-quant sees it."""
+        views = list(_views(bind_arguments(self.fake)["x"], self.source))
+        return _run(reversed(views), value)
+
+    def _spread(self, value: Tensor) -> Tensor:
+        """What the fake-quant yields, as [outputs, inputs]."""
+        layer = self.layer
+        views = list(_views(bind_arguments(self.node)[layer.form.weight], self.fake))
+        return layer.matrix(_run(reversed(views), value))[0]
+
+
+def _views(node: fx.Node, end: fx.Node) -> Iterator[fx.Node]:
+    while node is not end:
+        yield node
+        (node,) = node.all_input_nodes
+
+
+def _run(views: Iterator[fx.Node], value: Tensor) -> Tensor:
+    for view in views:
+        args, kwargs = fx.map_arg((view.args, view.kwargs), lambda _: value)  # noqa: B023
+        value = view.target(*args, **kwargs)  # type: ignore[operator]
+    return value
+
+
+def stored_weight(program: Program, node: fx.Node) -> StoredWeight | None:
+    """The weight of a product, where it is a constant matrix on a grid; None elsewhere."""
+    if node.target not in PRODUCTS:
+        return None
+    fake = _behind_views(bind_arguments(node)[FORMS[node.target].weight])
+    if fake.target is not FAKE_QUANT.op:
+        return None
+    source = _behind_views(bind_arguments(fake)["x"])
+    constants = (bind_arguments(fake)[key] for key in ("scale", "zero_point"))
+    if source.op != "get_attr" or any(value.op != "get_attr" for value in constants):
+        return None
+    found = StoredWeight(program, node, fake, source)
+    return found if found.weight().dim() == 2 else None
+
+
+def _behind_views(node: fx.Node) -> fx.Node:
+    while node.target in _VIEWS:
+        (node,) = node.all_input_nodes
+    return node
+
+
+# -- choosing layers -----------------------------------------------------------------------------
+
+
+def excluded(path: str, globs: tuple[str, ...]) -> str:
+    """The glob that covers a module path; empty where none does."""
+    hit = (g for g in globs if fnmatchcase(path, g) or fnmatchcase(path, f"{g}.*"))
+    return next(hit, "")
+
+
+def check_globs(globs: tuple[str, ...], paths: Collection[str]) -> None:
+    """Refuse a glob that covers no layer.
+
+    Raises:
+        UsageError: with the nearest layer's name.
+    """
+    for glob in globs:
+        if not any(excluded(path, (glob,)) for path in paths):
+            raise UsageError(f"exclude: {unknown('layer', glob, paths)}")
