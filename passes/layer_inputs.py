@@ -19,6 +19,7 @@ from torch import fx
 
 from pruna_ir.data import DataSource
 from pruna_ir.errors import PassError, UsageError
+from pruna_ir.kernels.fake_quant import KERNEL as FAKE_QUANT
 from pruna_ir.program import Origin, Program
 from pruna_ir.transform import Rewrite
 
@@ -122,6 +123,11 @@ class Frontier:
             return [self._program.tensor(str(node.target)).detach()] * self.count
         return self._env[node]
 
+    def again(self, node: fx.Node) -> None:
+        """Run a node anew, whose operands are stored tensors, since one of them was replaced."""
+        if node in self._env:
+            self._env[node] = self._results(node)
+
     def evaluate(
         self, node: fx.Node, batch: int, instead: Mapping[fx.Node, Any] | None = None
     ) -> Any:
@@ -136,9 +142,14 @@ class Frontier:
         with torch.no_grad():
             return target(*args, **kwargs)
 
+    def _results(self, node: fx.Node) -> list[Any]:
+        if node.target is FAKE_QUANT.op and all(n.op == "get_attr" for n in node.all_input_nodes):
+            return [self.evaluate(node, 0)] * self.count
+        return [self.evaluate(node, batch) for batch in range(self.count)]
+
     def _step(self, node: fx.Node) -> None:
         if node.op == "call_function":
-            self._env[node] = [self.evaluate(node, batch) for batch in range(self.count)]
+            self._env[node] = self._results(node)
         self._done.add(node)
         for operand in (*node.all_input_nodes, node):
             if all(user in self._done for user in operand.users):
