@@ -4,21 +4,22 @@
       -->
     y = conv2d(fake_quant(x, s_x, z_x), fake_quant(W, s_W, 0), b)
 
-Which tensors, on which grids, is the target's `QuantScheme` (see `quant_placement`); activation
-ranges come from one walk over calibration data (see `calibration`); weights get one scale per
-output channel, max|w| / qmax or the one of least squared error. Weights and biases stay float in
-the program: backends store the integers. Scales and zero points are buffers next to the layer's
-parameters (``conv1.weight_scale``).
+Which tensors, on which grids, is the target's `QuantScheme` (see `quant_placement`); the bits of
+each layer are the user's (see `bit_widths`). Activation ranges come from one walk over calibration
+data (see `calibration`), weight scales from the weights (see `weight_ranges`). Weights and biases
+stay float in the program: backends store the integers. Scales and zero points are buffers next to
+the layer's parameters (``conv1.weight_scale``).
 
-Limits: 8-bit grids as the target states them; attention through
-``scaled_dot_product_attention`` and embedding tables stay float.
+What the pass promises beside a noise budget is in `quant_promises`.
+
+Limits: at most the bits of the target's grids; embedding tables stay float. Grids of fewer than 8
+bits are stored in bytes by most targets: they cost accuracy and gain no speed there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -29,16 +30,26 @@ from pruna_ir.calibration import (
     Method,
     MinMax,
     Observer,
+    calibration_data,
     clipped_fraction,
     estimate,
     layer_name,
     observe,
     sqnr_db,
+    too_few,
 )
 from pruna_ir.call import bind_arguments
 from pruna_ir.errors import UsageError
 from pruna_ir.kernels.conv_act import KERNEL as CONV_ACT
 from pruna_ir.kernels.fake_quant import KERNEL as FAKE_QUANT
+from pruna_ir.passes.bit_widths import (
+    MOST_BITS,
+    Width,
+    WidthRules,
+    check_globs,
+    end_layers,
+    matches,
+)
 from pruna_ir.passes.quant_placement import (
     ATTENTION,
     KINDS,
@@ -46,11 +57,14 @@ from pruna_ir.passes.quant_placement import (
     candidates,
     is_float,
     is_quantised,
+    layers_of,
     place,
+    wanted_bits,
 )
+from pruna_ir.passes.weight_ranges import weight_parameters
 from pruna_ir.program import Origin, computed_nodes, module_path
-from pruna_ir.quantization import Grid, QuantParameters, QuantScheme, choose_parameters
-from pruna_ir.registry import find_backend, unknown
+from pruna_ir.quantization import Grid, QuantParameters, QuantScheme
+from pruna_ir.registry import find_backend
 from pruna_ir.transform import Effect, Pass, Rewrite
 
 aten = torch.ops.aten
@@ -59,21 +73,36 @@ QUANTIZED_FOR = "quantized-for"
 """The program attribute that names the target whose grids a program is quantised on."""
 
 
+DB_PER_BIT = 6.02
+"""What one bit more gains: 20 * log10(2)."""
+DEFAULT_SAMPLES = 128
+"""How many samples are taken where the option does not say."""
+
+
 @dataclass(frozen=True)
 class InsertFakeQuant(Pass):
-    """Quantise layers to int8 for one target, with ranges from calibration data.
+    """Quantise layers to integer grids for one target, with ranges from calibration data.
 
     Options:
         target: the backend whose grids and placement to use; the pipeline's target by default.
         ranges: how activation ranges are chosen: ``mse``, ``minmax``, ``percentile`` or ``kl``.
         percentile: the share of values, in percent, that ``percentile`` keeps on each side.
-        weights: how weight scales are chosen: ``minmax``, or ``mse`` per channel.
-        samples: how many samples of the data to calibrate on.
-        exclude: globs over module paths whose layers stay float, such as ``head`` or ``layer4*``.
-        min_sqnr_db: the lowest signal-to-quantisation-noise ratio of any output, against the
-            program before, that the pipeline accepts. 20 dB (noise at a tenth of the signal) is a
-            net for wrong grids, axes and ranges, not a statement about accuracy: trained CNNs
-            reach 25 to 40 dB, and one spoiled layer in a residual branch can stay above 20.
+        weights: how weight scales are chosen: ``minmax``, or ``mse``.
+        granularity: one weight scale per output ``channel``, or one per ``tensor``.
+        activations: ``symmetric`` or ``asymmetric`` grids, or the ``target``'s own choice.
+        bits: widths such as ``w4a8`` or ``float``, each for all layers or, after a glob and a
+            colon, for those that the glob names: ``[w4a8, "head:float"]``; later ones win.
+        ends: the width of the layers before and after which there is no other, such as ``w8a8``;
+            entries of ``bits`` with a glob win over it.
+        samples: how many samples of the data to calibrate on, which must be there; by default up
+            to 128.
+        exclude: globs over module paths or operators whose layers stay float, such as ``head``,
+            ``layer4*`` or ``aten.addmm``.
+        sqnr_db: the lowest signal-to-quantisation-noise ratio of any output, against the program
+            before, that the pipeline accepts. By default 20 dB (noise at a tenth of the signal),
+            less 6.02 dB for each bit that the narrowest width is short of 8. It is a net for
+            spoiled layers, not a statement about accuracy: trained CNNs reach 25 to 40 dB at
+            8 bits, and one spoiled layer in a residual branch can stay above 20.
 
     Requires: calibration data in the context; folded batch norms for full speed.
     """
@@ -85,35 +114,56 @@ class InsertFakeQuant(Pass):
     ranges: Method = "mse"
     percentile: float = 99.99
     weights: Literal["minmax", "mse"] = "minmax"
-    samples: int = 128
+    granularity: Literal["channel", "tensor"] = "channel"
+    activations: Literal["target", "symmetric", "asymmetric"] = "target"
+    bits: tuple[str, ...] = ()
+    ends: str = ""
+    samples: int | None = None
     exclude: tuple[str, ...] = ()
-    min_sqnr_db: float = 20.0  # type: ignore[misc]  # a budget that users can set
+    sqnr_db: float | None = None
+
+    def __post_init__(self) -> None:
+        self._widths()
+        if not 50.0 < self.percentile <= 100.0:
+            raise UsageError(
+                f"{self.name}: percentile must be above 50 and at most 100, not {self.percentile}"
+            )
+        if self.samples is not None and self.samples < 1:
+            raise UsageError(f"{self.name}: samples must be at least 1, not {self.samples}")
+
+    def _widths(self) -> WidthRules:
+        return WidthRules.parse(self.bits, self.ends)
+
+    @property
+    def min_sqnr_db(self) -> float:  # type: ignore[override]  # the options decide
+        """The budget of the pipeline's check."""
+        if self.sqnr_db is not None:
+            return self.sqnr_db
+        return Pass.min_sqnr_db - DB_PER_BIT * (MOST_BITS - self._widths().narrowest())
 
     def rewrite(self, rw: Rewrite) -> None:
         """Place, calibrate, insert."""
         target = self._target(rw)
-        scheme = _scheme(target)
+        scheme = self._scheme(target)
         _refuse(rw, target)
-        _check_globs(rw, self.exclude)
+        check_globs("exclude", self.exclude, list(candidates(rw.program)))
+        rules = self._widths()
+        rules.check(layers_of(rw.program))
         _unfuse(rw, scheme)
-        computed = computed_nodes(rw.program)
-        chosen = [
-            node
-            for node in candidates(rw.program)
-            if rw.in_scope(node) and self._accepts(rw, scheme, node, computed)
-        ]
+        chosen = self._chosen(rw, scheme, rules)
         _note_float_parts(rw)
-        plan = place(rw.program, scheme, chosen)
-        layers = [node for node in chosen if node.target in KINDS]
-        fresh = [node for node in layers if _float_weight(rw, node) is not None]
-        if not plan.readers and not fresh:
+        layers = {node: width for node, width in chosen.items() if node.target in KINDS}
+        bits = {node: width.activation for node, width in layers.items()}
+        plan = place(rw.program, scheme, list(chosen), bits)
+        weights = self._weights(rw, scheme, layers)
+        if not plan.readers and not weights:
             return
         parameters = self._calibrate(rw, plan)
         _quantise_activations(rw, plan, parameters)
-        for node in fresh:
-            self._quantise_weight(rw, node, scheme.weight)
-        for node in layers:
-            rw.applied(node, f"{layer_name(node)}: int8 for {target}")
+        for node, found in weights.items():
+            _quantise_weight(rw, node, found)
+        for node, width in layers.items():
+            rw.applied(node, f"{layer_name(node)}: {width} for {target}")
         rw.set_attribute(QUANTIZED_FOR, target)
         rw.set_origin(Origin(rw.before, {}))
 
@@ -130,68 +180,110 @@ class InsertFakeQuant(Pass):
             f"{self.name}{{target=onnx}} or a target for the whole pipeline"
         )
 
-    def _accepts(
-        self, rw: Rewrite, scheme: QuantScheme, node: fx.Node, computed: Collection[fx.Node]
-    ) -> bool:
-        """Whether a candidate may be quantised; says why not where it is a layer."""
-        reason = self._excluded(node)
-        if not reason and node.target in KINDS:
-            reason = _unquantisable(rw, scheme, node, computed)
-        if reason and node.target in KINDS:
-            rw.skip(node, reason)
-        return not reason
+    def _scheme(self, target: str) -> QuantScheme:
+        """The target's scheme, with activations on the grid that was asked for."""
+        scheme = _scheme(target)
+        own = scheme.activation
+        if self.activations == "target" or (self.activations == "symmetric") == own.symmetric:
+            return scheme
+        if own.symmetric:
+            raise UsageError(
+                f"{self.name}: activations=asymmetric was asked for, but '{target}' takes zero "
+                "points of 0 only; leave the option out, or quantise for another target"
+            )
+        half = 2 ** (own.bits - 1)
+        return replace(scheme, activation=Grid(-half, half - 1, symmetric=True))
+
+    def _chosen(
+        self, rw: Rewrite, scheme: QuantScheme, rules: WidthRules
+    ) -> dict[fx.Node, Width]:
+        """The layers, adds and average pools to quantise; remarks say which layers are not."""
+        computed = computed_nodes(rw.program)
+        ends = end_layers(layers_of(rw.program)) if self.ends else set()
+        full = Width(scheme.weight.bits, scheme.activation.bits)
+        chosen = {}
+        for node in candidates(rw.program):
+            if not rw.in_scope(node):
+                continue
+            rule = rules.rule_for(node, ends)
+            width = full if rule is None else rule.width
+            reason = self._excluded(node) or ("" if width else f"kept float by '{rule}'")
+            if not reason and node.target in KINDS:
+                reason = _unquantisable(rw, scheme, node, computed)
+            if width is not None and not reason:
+                chosen[node] = width
+            elif node.target in KINDS:
+                rw.skip(node, reason)
+        return chosen
 
     def _excluded(self, node: fx.Node) -> str:
-        path = layer_name(node)
-        hit = next((glob for glob in self.exclude if _matches(path, glob)), None)
+        hit = next((glob for glob in self.exclude if matches(node, glob)), None)
         return f"excluded by '{hit}'" if hit is not None else ""
 
     # -- activations -----------------------------------------------------------------------
 
-    def _calibrate(self, rw: Rewrite, plan: Placement) -> dict[fx.Node, QuantParameters]:
-        """The parameters of each group of tensors, by the group's root."""
-        observers: dict[fx.Node, Observer] = {}
-        observed: dict[fx.Node, Observer] = {}
-        for value in plan.readers:
-            if value not in plan.carried and _existing(value) is None:
-                root = plan.root(value)
-                observed[value] = observers.setdefault(root, self._observer())
-        if not observed:
-            return {}
-        if rw.context.data is None:
-            raise UsageError(
-                f"{self.name} calibrates activation ranges on data, and there is none; give "
-                "calibration data (--data FILE.npz, or Context(data=...))"
-            )
-        observe(
-            rw.program, observed, rw.context.data,
-            samples=self.samples, progress=rw.context.progress,
-        )  # fmt: skip
-        found = {}
-        for root, seen in observers.items():
-            first = next(value for value in observed if plan.root(value) is root)
-            name = layer_name(first)
-            found[root] = estimate(
-                seen, self.ranges, plan.scheme.activation, name, self.percentile
-            )
-            rw.note(first, f"{name}: {_summary(seen, found[root])}")
-        return found
+    def _calibrate(self, rw: Rewrite, plan: Placement) -> dict[Shared, QuantParameters]:
+        """The parameters of each group of tensors, by the group's root and their bits."""
+        needed: dict[Shared, list[fx.Node]] = {}
+        known: dict[Shared, QuantParameters] = {}
+        for value, bits in wanted_bits(plan):
+            key = (plan.root(value), bits)
+            existing = _existing(value, plan.scheme.activation.with_bits(bits))
+            if existing is None:
+                needed.setdefault(key, []).append(value)
+            else:
+                known[key] = _parameters_of(rw, existing)
+        unknown_roots = {root for root, bits in needed if (root, bits) not in known}
+        observers = {root: self._observer() for root in unknown_roots}
+        observed = {
+            value: observers[plan.root(value)]
+            for value in plan.readers
+            if value not in plan.carried and plan.root(value) in unknown_roots
+        }
+        if observed:
+            self._observe(rw, observed)
+        for (root, bits), values in needed.items():
+            if (root, bits) in known:
+                continue
+            name, seen = layer_name(values[0]), observers[root]
+            grid = plan.scheme.activation.with_bits(bits)
+            found = estimate(seen, self.ranges, grid, name, self.percentile)
+            known[root, bits] = found
+            rw.note(values[0], f"{name}: {_summary(seen, found)}")
+        return known
+
+    def _observe(self, rw: Rewrite, observed: Mapping[fx.Node, Observer]) -> None:
+        samples = self.samples or DEFAULT_SAMPLES
+        data = calibration_data(rw.context.data, self.name, self.samples)
+        done = observe(
+            rw.program, observed, data, samples=samples, progress=rw.context.progress
+        )
+        if self.samples is not None and done < self.samples:
+            raise too_few(self.name, done, self.samples)
 
     def _observer(self) -> Observer:
         return MinMax() if self.ranges == "minmax" else Histogram()
 
     # -- weights ---------------------------------------------------------------------------
 
-    def _quantise_weight(self, rw: Rewrite, node: fx.Node, grid: Grid) -> None:
-        call, kind = rw.call(node), KINDS[node.target]
-        source, weight = call.producer(kind.weight), call.parameter(kind.weight)
-        if source is None or weight is None:
-            raise rw.error(node, "its weight is no constant")
-        axis = kind.axis % weight.dim()
-        parameters = weight_parameters(weight, grid, axis, str(source.target), self.weights)
-        scale, zero = _constants(rw, parameters, str(source.target), node)
-        fake = _insert(rw, source, scale, zero, parameters, before=node, like=node)
-        rw.update(node, **{kind.weight: fake})
+    def _weights(
+        self, rw: Rewrite, scheme: QuantScheme, layers: Mapping[fx.Node, Width]
+    ) -> dict[fx.Node, QuantParameters]:
+        """The parameters of each layer's weight that is constant and not quantised yet."""
+        found = {}
+        for node, width in layers.items():
+            call, kind = rw.call(node), KINDS[node.target]
+            source, weight = call.producer(kind.weight), call.parameter(kind.weight)
+            if source is None or weight is None:
+                continue
+            axis = kind.axis % weight.dim() if self.granularity == "channel" else None
+            grid = scheme.weight.with_bits(width.weight)
+            found[node] = weight_parameters(weight, grid, axis, str(source.target), self.weights)
+        return found
+
+
+Shared = tuple[fx.Node, int]
+"""The root of a group of tensors that share their range, and the bits that they are read with."""
 
 
 def _scheme(target: str) -> QuantScheme:
@@ -216,19 +308,12 @@ def _refuse(rw: Rewrite, target: str) -> None:
             )
 
 
-def _matches(path: str, glob: str) -> bool:
-    return fnmatchcase(path, glob) or fnmatchcase(path, f"{glob}.*")
+def _unfuse(rw: Rewrite, scheme: QuantScheme) -> tuple[str, ...]:
+    """Spell out fused convolutions between whose parts the scheme wants a fake-quant.
 
-
-def _check_globs(rw: Rewrite, globs: tuple[str, ...]) -> None:
-    paths = {layer_name(node) for node in candidates(rw.program) if node.target in KINDS}
-    for glob in globs:
-        if not any(_matches(path, glob) for path in paths):
-            raise UsageError(f"exclude: {unknown('layer', glob, paths)}")
-
-
-def _unfuse(rw: Rewrite, scheme: QuantScheme) -> None:
-    """Spell out fused convolutions between whose parts the scheme wants a fake-quant."""
+    Returns their names.
+    """
+    found = []
     for node in rw.calls(CONV_ACT.op):
         bound = bind_arguments(node)
         residual = bound["residual"] is not None
@@ -239,7 +324,9 @@ def _unfuse(rw: Rewrite, scheme: QuantScheme) -> None:
             scheme.layer_outputs and (residual or keeps_float)
         ):
             rw.note(node, "spelt out again: the target quantises between its parts")
+            found.append(node.name)
             rw.inline(node, CONV_ACT.reference, bound)
+    return tuple(found)
 
 
 def _unquantisable(
@@ -273,56 +360,54 @@ def _note_float_parts(rw: Rewrite) -> None:
             rw.note(node, f"not folded into {source.name}; run fold-batch-norm first for speed")
 
 
-def _float_weight(rw: Rewrite, node: fx.Node) -> torch.Tensor | None:
-    """The layer's constant weight, where it is not quantised yet."""
-    return rw.call(node).parameter(KINDS[node.target].weight)
+def _existing(value: fx.Node, grid: Grid) -> fx.Node | None:
+    """The fake-quant on this grid that already reads a value, from a run on another scope."""
+    bounds = (grid.qmin, grid.qmax)
+    for user in value.users:
+        if is_quantised(user):
+            bound = bind_arguments(user)
+            if (bound["qmin"], bound["qmax"]) == bounds:
+                return user
+    return None
 
 
-def weight_parameters(
-    weight: torch.Tensor, grid: Grid, axis: int, name: str, method: str = "minmax"
-) -> QuantParameters:
-    """One scale per index of ``axis`` for a constant weight.
-
-    ``mse`` picks, per channel, the best of 41 fractions of max|w| between 0.5 and 1.
-
-    Raises:
-        PassError: the weight holds NaN or infinity.
-    """
-    rows = weight.detach().double().movedim(axis, 0).flatten(1)
-    bound = rows.abs().amax(1) if rows.shape[1] else rows.new_zeros(rows.shape[0])
-    best = choose_parameters(-bound, bound, grid, name, axis)
-    if method == "minmax":
-        return best
-    fractions = torch.linspace(1.0, 0.5, 41, dtype=torch.float64)
-    found = [choose_parameters(-bound * f, bound * f, grid, name, 0) for f in fractions]
-    errors = torch.stack([(p.reals(p.integers(rows)) - rows).square().sum(1) for p in found])
-    chosen = errors.argmin(0)
-    scale = torch.stack([p.scale for p in found]).gather(0, chosen[None]).squeeze(0)
-    return QuantParameters(scale, best.zero_point, grid, axis)
-
-
-def _existing(value: fx.Node) -> fx.Node | None:
-    """The fake-quant that already reads a value, from an earlier run on another scope."""
-    return next((user for user in value.users if is_quantised(user)), None)
+def _parameters_of(rw: Rewrite, fake: fx.Node) -> QuantParameters:
+    """The parameters of a fake-quant of an activation."""
+    call = rw.call(fake)
+    scale, zero = call.parameter("scale"), call.parameter("zero_point")
+    if scale is None or zero is None:
+        raise rw.error(fake, "its scale or zero point is no constant of the program")
+    grid = Grid(int(call.number("qmin")), int(call.number("qmax")), symmetric=False)
+    return QuantParameters(scale, zero, grid)
 
 
 def _quantise_activations(
-    rw: Rewrite, plan: Placement, parameters: dict[fx.Node, QuantParameters]
+    rw: Rewrite, plan: Placement, parameters: Mapping[Shared, QuantParameters]
 ) -> None:
-    shared: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
-    wanted = [node for node in rw.graph.nodes if node in plan.readers]
-    for value in wanted:
-        readers = list(plan.readers[value])
-        fake = _existing(value)
+    constants: dict[Shared, tuple[fx.Node, fx.Node]] = {}
+    order = {node: position for position, node in enumerate(rw.graph.nodes)}
+    for value, bits in sorted(wanted_bits(plan), key=lambda pair: (order[pair[0]], -pair[1])):
+        readers = [reader for reader, wanted in plan.readers[value].items() if wanted == bits]
+        fake = _existing(value, plan.scheme.activation.with_bits(bits))
         if fake is None:
-            root = plan.root(value)
-            before = _after(value)
-            if root not in shared:
-                shared[root] = _constants(rw, parameters[root], _output_name(value), before)
+            key = (plan.root(value), bits)
+            found, before = parameters[key], _after(value)
+            if key not in constants:
+                constants[key] = _constants(rw, found, _output_name(value), before)
             like = value if value.meta.get("nn_module_stack") else readers[0]
-            fake = _insert(rw, value, *shared[root], parameters[root], before=before, like=like)
+            fake = _insert(rw, value, *constants[key], found, before=before, like=like)
         for reader in readers:
             rw.redirect(reader, {value: fake})
+
+
+def _quantise_weight(rw: Rewrite, node: fx.Node, parameters: QuantParameters) -> None:
+    kind = KINDS[node.target]
+    source = rw.call(node).producer(kind.weight)
+    if source is None:
+        raise rw.error(node, "its weight is no constant")
+    scale, zero = _constants(rw, parameters, str(source.target), node)
+    fake = _insert(rw, source, scale, zero, parameters, before=node, like=node)
+    rw.update(node, **{kind.weight: fake})
 
 
 def _after(value: fx.Node) -> fx.Node:

@@ -16,7 +16,7 @@ adds count only on the conv stream: those of transformers carry outliers that 8 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,16 +115,20 @@ class Placement:
     """The tensors to quantise, found by `place`.
 
     Attributes:
-        readers: for each tensor to fake-quantise, the nodes that are to read the result.
-        carried: tensors among them that a mover gives out; their range is their source's.
+        bits: of the input of each layer that has fewer bits than the scheme's grid.
+        readers: for each tensor to fake-quantise, the nodes that are to read the result, and the
+            bits that each of them reads it with.
+        carried: tensors among them that a mover gives out, with the bits that were handed on;
+            their range is their source's.
         parent: the union-find forest of tensors that share their parameters.
     """
 
     program: Program
     scheme: QuantScheme
     stream: dict[fx.Node, str]
-    readers: dict[fx.Node, dict[fx.Node, None]] = field(default_factory=dict)
-    carried: set[fx.Node] = field(default_factory=set)
+    bits: Mapping[fx.Node, int] = field(default_factory=dict)
+    readers: dict[fx.Node, dict[fx.Node, int]] = field(default_factory=dict)
+    carried: dict[fx.Node, int] = field(default_factory=dict)
     parent: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     def root(self, node: fx.Node) -> fx.Node:
@@ -134,21 +138,43 @@ class Placement:
             node = above
         return node
 
-    def want(self, value: fx.Node, reader: fx.Node) -> None:
-        """Let ``reader`` read ``value`` quantised; movers hand the wish on to their operands."""
-        pending = [(value, reader)]
+    def want(self, value: fx.Node, reader: fx.Node, bits: int | None = None) -> None:
+        """Let ``reader`` read ``value`` quantised; movers hand the wish on to their operands.
+
+        Of several wishes for one reader the finest counts.
+        """
+        pending = [(value, reader, self._bits_of(reader) if bits is None else bits)]
         while pending:
-            value, reader = pending.pop()
+            value, reader, bits = pending.pop()
             if is_quantised(value) or not is_float(value):
                 continue
             sources = self._sources(value)
             if not sources or self.scheme.repeat_behind_movers:
-                self.readers.setdefault(value, {})[reader] = None
-            if sources and value not in self.carried:
-                self.carried.add(value)
+                readers = self.readers.setdefault(value, {})
+                readers[reader] = max(bits, readers.get(reader, 0))
+            if sources and self.carried.get(value, 0) < bits:
+                self.carried[value] = bits
                 for source, through in sources:
                     self.parent[self.root(value)] = self.root(source)
-                    pending.append((source, through))
+                    pending.append((source, through, bits))
+
+    def _bits_of(self, reader: fx.Node) -> int:
+        """The bits that a node reads its input with: movers those of what reads their result."""
+        behind = [reader]
+        found, seen = 0, set(behind)
+        while behind:
+            node = behind.pop()
+            if node in self.bits:
+                found = max(found, self.bits[node])
+            elif node.users and self._moves(node):
+                behind += [user for user in node.users if user not in seen]
+                seen.update(node.users)
+            else:
+                return self.scheme.activation.bits
+        return found
+
+    def _moves(self, node: fx.Node) -> bool:
+        return node.target in PARTS or bool(self._sources(node))
 
     def want_everywhere(self, value: fx.Node) -> None:
         """Let every reader of ``value`` read it quantised."""
@@ -186,15 +212,22 @@ def _first(node: fx.Node) -> fx.Node:
     return node.all_input_nodes[0]
 
 
-def place(program: Program, scheme: QuantScheme, nodes: list[fx.Node]) -> Placement:
+def place(
+    program: Program,
+    scheme: QuantScheme,
+    nodes: list[fx.Node],
+    bits: Mapping[fx.Node, int] | None = None,
+) -> Placement:
     """Every tensor that the scheme wants quantised around these nodes.
 
     Args:
         program: the program.
         scheme: what the target wants.
         nodes: the layers to quantise, and the adds and average pools that may be.
+        bits: of the inputs of layers; those of the scheme's grid where it does not name one.
+            Adds, average pools and readers that stay float always read the scheme's grid.
     """
-    plan = Placement(program, scheme, streams(program))
+    plan = Placement(program, scheme, streams(program), bits or {})
     for node in nodes:
         if node.target in KINDS:
             _place_layer(plan, node)
@@ -215,7 +248,7 @@ def _place_layer(plan: Placement, node: fx.Node) -> None:
     if node.target is CONV_ACT.op and plan.scheme.residual != "none":
         residual = call.producer("residual")
         if residual is not None:
-            plan.want(residual, node)
+            plan.want(residual, node, plan.scheme.activation.bits)
     if kind.convolution and plan.scheme.layer_outputs:
         plan.want_everywhere(terminal(node))
 
@@ -286,3 +319,17 @@ def candidates(program: Program) -> Iterator[fx.Node]:
     for node in program.calls():
         if node.target in KINDS or node.target in AVERAGES or node.target is aten.add.Tensor:
             yield node
+
+
+def layers_of(program: Program) -> list[fx.Node]:
+    """The layers among the candidates: convolutions and matrix products."""
+    return [node for node in candidates(program) if node.target in KINDS]
+
+
+def wanted_bits(plan: Placement) -> list[tuple[fx.Node, int]]:
+    """Each tensor to quantise with each number of bits that a reader of it wants."""
+    return [
+        (value, bits)
+        for value, readers in plan.readers.items()
+        for bits in dict.fromkeys(readers.values())
+    ]

@@ -362,6 +362,42 @@ def observe(
     return done
 
 
+def calibration_data(
+    data: DataSource | None, owner: str, samples: int | None = None
+) -> DataSource:
+    """The data, where there is enough of it; nothing but its first batch is read.
+
+    Args:
+        data: what the user gave.
+        owner: the pass that asks, for the message.
+        samples: how many samples the user asked for; None for whatever there is.
+
+    Raises:
+        UsageError: there is no data, it is empty, or it holds too few samples.
+    """
+    if data is None:
+        raise UsageError(
+            f"{owner} calibrates activation ranges on data, and there is none; give "
+            "calibration data (--data FILE.npz, or Context(data=...))"
+        )
+    first = next(iter(data), None) if len(data) else None
+    if first is None or not _rows(first.inputs):
+        raise UsageError(f"{owner}: the calibration data is empty; give at least one sample")
+    # Batches after the first are not larger, so that this is the most that there can be.
+    most = len(data) * _rows(first.inputs)
+    if samples is not None and most < samples:
+        raise too_few(owner, most, samples)
+    return data
+
+
+def too_few(owner: str, there: int, samples: int) -> UsageError:
+    """The error for data that holds fewer samples than were asked for."""
+    return UsageError(
+        f"{owner}: samples={samples} were asked for, but the calibration data holds at most "
+        f"{there}; give more data, or samples={there}"
+    )
+
+
 class _Walk(fx.Interpreter):
     """Runs a graph, frees every value at its last use and shows some values to observers."""
 

@@ -89,6 +89,20 @@ class Grid:
             return torch.int8 if self.qmin >= -128 and self.qmax <= 127 else torch.int16
         return torch.uint8 if self.qmax <= 255 else torch.uint16
 
+    def with_bits(self, bits: int) -> Grid:
+        """The grid of the same kind with other bits: signed or not, with -2**(bits - 1) or not.
+
+        Raises:
+            UsageError: such a grid has no value beside 0.
+
+        >>> str(U8_ASYMMETRIC.with_bits(4)), str(S8_WEIGHT.with_bits(4))
+        ('u4[0, 15]', 's4[-7, 7]')
+        """
+        if self.qmin == 0:
+            return Grid(0, 2**bits - 1, self.symmetric)
+        half = 2 ** (bits - 1)
+        return Grid(1 - half if self.qmin == -self.qmax else -half, half - 1, self.symmetric)
+
     def __str__(self) -> str:
         return f"{'s' if self.qmin < 0 else 'u'}{self.bits}[{self.qmin}, {self.qmax}]"
 

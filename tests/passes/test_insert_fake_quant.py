@@ -18,8 +18,9 @@ from pruna_ir.errors import PassError, UsageError
 from pruna_ir.options import make_pass
 from pruna_ir.passes.canonicalize import Canonicalize
 from pruna_ir.passes.fold_batch_norm import FoldBatchNorm
-from pruna_ir.passes.insert_fake_quant import InsertFakeQuant, weight_parameters
+from pruna_ir.passes.insert_fake_quant import InsertFakeQuant
 from pruna_ir.passes.quant_placement import KINDS, is_quantised, place
+from pruna_ir.passes.weight_ranges import weight_parameters
 from pruna_ir.program import Program
 from pruna_ir.quantization import (
     S8_SYMMETRIC,
@@ -407,7 +408,7 @@ def test_the_promise_fails_for_a_wrong_scale(factor: float) -> None:
 
 def test_a_higher_budget_is_the_users_choice() -> None:
     program, context = captured(Net(), 3, 15, 15), Context(data=data(3, 15, 15))
-    pass_ = InsertFakeQuant(target="onnx", min_sqnr_db=90.0)
+    pass_ = InsertFakeQuant(target="onnx", sqnr_db=90.0)
     after = apply(pass_, program, context).program
     report = check(pass_, program, after, context=context)
     assert not report.passed
@@ -448,8 +449,8 @@ def test_remarks_state_range_clipping_and_error() -> None:
     assert all("% clipped" in note.message and " dB" in note.message for note in notes)
     applied = [remark.message for remark in result.remarks if remark.kind == "applied"]
     assert applied == [
-        "stem: int8 for onnx", "block.conv1: int8 for onnx", "block.conv2: int8 for onnx",
-        "head: int8 for onnx",
+        "stem: w8a8 for onnx", "block.conv1: w8a8 for onnx", "block.conv2: w8a8 for onnx",
+        "head: w8a8 for onnx",
     ]  # fmt: skip
 
 
@@ -526,7 +527,7 @@ def test_the_quantised_program_is_exported_again_with_dynamic_batch() -> None:
 def test_options_round_trip_through_pipeline_text() -> None:
     pass_ = InsertFakeQuant(
         target="openvino", ranges="percentile", percentile=99.9, exclude=("head", "layer4*"),
-        samples=7, min_sqnr_db=12.5,
+        samples=7, sqnr_db=12.5,
     )  # fmt: skip
     (spec,) = parse_pipeline(print_pass(pass_))
     assert make_pass(spec) == pass_
