@@ -42,6 +42,7 @@ from pruna_ir.lowering import (
     Offender,
     Runner,
 )
+from pruna_ir.onnx_blocks import pack_products
 from pruna_ir.onnx_coverage import onnx_unsupported
 from pruna_ir.onnx_export import OPSET, export_onnx
 from pruna_ir.program import Program
@@ -78,6 +79,7 @@ class ToOnnx:
         """
         context.progress("onnx: exporting", 0, 1)
         model = export_onnx(program)
+        pack_products(model)
         split_gemms(model.graph)
         (folder / MAIN).write_bytes(model.SerializeToString())
         context.progress("onnx: exporting", 1, 1)
@@ -204,6 +206,7 @@ _PRODUCTS = frozenset(
         "MatMulIntegerToFloat", "QGemm", "QLinearMatMul",
     }
 )  # fmt: skip
+_WEIGHT_ONLY = "MatMulNBits"
 _ATTENTION = frozenset({"Attention", "MultiHeadAttention", "QAttention"})
 
 
@@ -302,6 +305,8 @@ _WORDS = {
 def _row(node: Any, constants: set[str], dtypes: dict[str, str]) -> KernelRow:
     if node.op_type in _INT8:
         precision = "int8"
+    elif node.op_type == _WEIGHT_ONLY:
+        precision = _weight_only(node)
     else:
         word = next((dtypes[name] for name in node.input if name in dtypes), "")
         precision = _WORDS.get(word, word.lower() or "float32")
@@ -313,11 +318,19 @@ def _row(node: Any, constants: set[str], dtypes: dict[str, str]) -> KernelRow:
     )
 
 
+def _weight_only(node: Any) -> str:
+    """The precision of a product with packed weights: float unless its activations are rounded."""
+    attributes = {a.name: a.i for a in node.attribute}
+    return "int8" if attributes.get("accuracy_level") == 4 else f"int{attributes['bits']} weights"
+
+
 def _kind(node: Any, constants: set[str]) -> str:
     if node.op_type in _CONVOLUTIONS:
         return "conv"
     if node.op_type in _ATTENTION:
         return "attention"
+    if node.op_type == _WEIGHT_ONLY:
+        return "linear"
     if node.op_type in _PRODUCTS:
         return "linear" if len(constants.intersection(node.input[:4])) else "matmul"
     return str(node.op_type)

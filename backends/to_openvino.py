@@ -33,7 +33,9 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import fx
 
+from pruna_ir.backends.openvino_blocks import compress_products
 from pruna_ir.backends.openvino_single_pixels import separate_single_pixels
+from pruna_ir.call import bind_arguments
 from pruna_ir.errors import LoweringError, ToolchainError
 from pruna_ir.lowering import Availability, KernelRow, LoadOptions, Lowered, Offender, Runner
 from pruna_ir.program import Program, TensorSpec, module_path
@@ -44,6 +46,13 @@ from pruna_ir.transform import API_VERSION, Context
 MAIN = "model.xml"
 _FAKE_QUANT = "pruna.fake_quant.default"
 _FRAMEWORK_NODE = "PtFrameworkNode"
+_WEIGHTS = {
+    "aten.linear.default": "weight",
+    "aten.addmm.default": "mat2",
+    "aten.mm.default": "mat2",
+    "aten.matmul.default": "other",
+}
+"""Products that may have a constant matrix as their second operand."""
 
 
 @dataclass(frozen=True)
@@ -208,16 +217,29 @@ class OpenvinoRunner:
             if kind in ("Const", "Input", "Output"):
                 continue
             precision = facts.get("runtimePrecision", "")
+            weights = _weight_only(op) if kind == "FullyConnected" else ""
             rows.append(
                 KernelRow(
                     layer=facts.get("originalLayersNames", "").split(",")[0]
                     or op.get_friendly_name(),
                     kind=_KINDS.get(kind, kind),
-                    precision=_PRECISIONS.get(precision, precision),
+                    precision=weights or _PRECISIONS.get(precision, precision),
                     detail=facts.get("primitiveType", ""),
                 )
             )
         return rows
+
+
+_COMPRESSED = {"i4": "int4 weights", "u4": "int4 weights", "i8": "int8 weights", "u8": "int8 weights"}
+
+
+def _weight_only(op: Any) -> str:
+    """What a product of floats with compressed weights is called; empty for anything else.
+
+    OpenVINO reports the type of the weights as the precision of such a product.
+    """
+    value, weight = (op.input(i).get_element_type().get_type_name() for i in (0, 1))
+    return _COMPRESSED.get(weight, "") if value in ("f32", "f16", "bf16") else ""
 
 
 def _text(value: Any) -> str:
@@ -242,10 +264,23 @@ def convert(program: Program) -> Any:
         raise LoweringError(f"OpenVINO refuses the program: {_first_lines(error)}") from error
     _name_layers(model, program, decoder.pt_module.graph)
     _shape_inputs(model, program)
+    compress_products(model, _matrices(program))
     separate_single_pixels(model)
     for output, spec in zip(model.outputs, program.outputs, strict=True):
         output.get_tensor().add_names({spec.name})
     return model
+
+
+def _matrices(program: Program) -> dict[str, tuple[int, ...]]:
+    """The shape of the second operand of every linear and addmm, by the name of its product."""
+    found = {}
+    for node in program.calls():
+        weight = _WEIGHTS.get(str(node.target))
+        value = bind_arguments(node)[weight].meta["val"] if weight else None
+        if value is not None and all(isinstance(size, int) for size in value.shape):
+            path = "/".join(part for part in (module_path(node), node.name, "MatMul") if part)
+            found[path] = tuple(value.shape)
+    return found
 
 
 def _decoder(program: Program) -> Any:

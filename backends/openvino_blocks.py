@@ -1,0 +1,134 @@
+"""Weight-only products in the form that OpenVINO keeps compressed.
+
+    MatMul(x, views(Multiply(Subtract(Convert(W8), z), s)))
+      -->
+    MatMul(x, Reshape(Multiply(Subtract(Convert(W), Convert(z)), s)), transpose_b)
+
+    W [outputs, blocks, block] in i4, u4, i8 or u8; z likewise, left out where it is 0
+    s [outputs, blocks, 1] float32; without the middle dimension and the Reshape where a row is
+    one block
+
+The CPU plugin fuses this into the product: the integers stay as they are in memory and are
+expanded inside the kernel. Any other arrangement of blocks (two dimensions, a transposition
+behind) is expanded ahead of the product at every run. Weights of products whose other operand is
+quantised are left alone: those run on integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from pruna_ir.packed_weights import BlockedWeight, blocked, pack_nibbles
+
+Array = np.ndarray[Any, Any]
+_VIEWS = ("Reshape", "Transpose")
+
+
+def compress_products(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Give every weight-only product of a model its compressed form; returns how many.
+
+    Args:
+        model: changed in place.
+        shapes: the shape of the second operand of products, by name: OpenVINO lets a reshape in
+            front of a product follow the other operand's size, which may be open.
+    """
+    count = 0
+    for op in model.get_ordered_ops():
+        if op.get_type_name() != "MatMul" or _is_quantised(op.input_value(0)):
+            continue
+        found = _integers(op.input_value(1), shapes.get(op.get_friendly_name()))
+        if found is None or any(value.ndim != 2 for value in found):
+            continue
+        turned = op.get_attributes()["transpose_b"]
+        weight = blocked(*(found if turned else [value.T for value in found]))
+        _replace(op, _compressed(weight))
+        count += 1
+    if count:
+        model.validate_nodes_and_infer_types()
+    return count
+
+
+def _is_quantised(output: Any) -> bool:
+    node = output.get_node()
+    while node.get_type_name() in _VIEWS:
+        node = node.input_value(0).get_node()
+    return bool(node.get_type_name() == "FakeQuantize")
+
+
+def _integers(output: Any, shape: tuple[int, ...] | None = None) -> list[Array] | None:
+    """Integers, scales and zero points, element by element, behind views; None elsewhere.
+
+    ``shape`` is what the output is known to have.
+    """
+    node = output.get_node()
+    if node.get_type_name() in _VIEWS:
+        found, how = _integers(node.input_value(0)), _constant(node.input_value(1))
+        if node.get_type_name() == "Transpose":
+            return None if found is None or how is None else [v.transpose(how) for v in found]
+        wanted = shape if how is None else tuple(how.tolist())
+        if found is None or wanted is None or 0 in wanted:
+            return None
+        return [value.reshape(wanted) for value in found]
+    if node.get_type_name() != "Multiply":
+        return None
+    scale, levels = _constant(node.input_value(1)), node.input_value(0).get_node()
+    zero: Array | None = np.zeros((), dtype=np.float32)
+    if levels.get_type_name() == "Subtract":
+        zero, levels = _constant(levels.input_value(1)), levels.input_value(0).get_node()
+    if scale is None or zero is None or levels.get_type_name() != "Convert":
+        return None
+    integers = _constant(levels.input_value(0))
+    if integers is None or integers.dtype not in (np.int8, np.uint8):
+        return None
+    zero = zero.astype(integers.dtype)
+    return [integers, *(np.broadcast_to(value, integers.shape) for value in (scale, zero))]
+
+
+def _constant(output: Any) -> Array | None:
+    node = output.get_node()
+    return np.asarray(node.data) if node.get_type_name() == "Constant" else None
+
+
+def _compressed(weight: BlockedWeight) -> Any:
+    """The output of the expression that yields a weight [outputs, inputs]."""
+    from openvino import opset13 as ops
+
+    outputs, inputs = weight.integers.shape
+    whole = weight.block == inputs
+    shape = (outputs, inputs) if whole else (outputs, inputs // weight.block, weight.block)
+    along = (outputs, 1) if whole else (outputs, inputs // weight.block, 1)
+    value = ops.convert(_stored(weight.integers.reshape(shape), weight.bits), "f32")
+    if weight.zero_point.any():
+        zero = _stored(weight.zero_point.reshape(along), weight.bits)
+        value = ops.subtract(value, ops.convert(zero, "f32"))
+    value = ops.multiply(value, ops.constant(weight.scale.reshape(along)))
+    if not whole:
+        value = ops.reshape(value, ops.constant(np.array([outputs, inputs])), False)
+    return value.output(0)
+
+
+def _stored(values: Array, bits: int) -> Any:
+    """A constant of integers, two to a byte where they have 4 bits."""
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    if bits == 8:
+        return ops.constant(np.ascontiguousarray(values))
+    kind = ov.Type.i4 if values.dtype == np.int8 else ov.Type.u4
+    # Memory of its own: a constant from an array would share the array's.
+    tensor = ov.Tensor(kind, ov.Shape(list(values.shape)))
+    tensor.data.reshape(-1)[:] = pack_nibbles(values.reshape(-1))
+    return ops.constant(tensor)
+
+
+def _replace(matmul: Any, weight: Any) -> None:
+    from openvino import opset13 as ops
+
+    new = ops.matmul(
+        matmul.input_value(0), weight, matmul.get_attributes()["transpose_a"], True
+    )
+    new.set_friendly_name(matmul.get_friendly_name())
+    matmul.output(0).replace(new.output(0))
