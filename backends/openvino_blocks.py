@@ -6,7 +6,7 @@
 
     W [outputs, blocks, block] in i4, u4, i8 or u8; z likewise, left out where it is 0
     s [outputs, blocks, 1] float32; without the middle dimension and the Reshape where a row is
-    one block
+    one block; where its last block is short, W and x get zeros behind each row
 
 The CPU plugin fuses this into the product: the integers stay as they are in memory and are
 expanded inside the kernel. Any other arrangement of blocks (two dimensions, a transposition
@@ -25,6 +25,7 @@ from pruna_ir.packed_weights import BlockedWeight, blocked, pack_nibbles
 
 Array = np.ndarray[Any, Any]
 _VIEWS = ("Reshape", "Transpose")
+_SLICE = "Slice"
 
 
 def compress_products(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -44,7 +45,7 @@ def compress_products(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> int:
             continue
         turned = op.get_attributes()["transpose_b"]
         weight = blocked(*(found if turned else [value.T for value in found]))
-        _replace(op, _compressed(weight))
+        _replace(op, weight)
         count += 1
     if count:
         model.validate_nodes_and_infer_types()
@@ -64,6 +65,8 @@ def _integers(output: Any, shape: tuple[int, ...] | None = None) -> list[Array] 
     ``shape`` is what the output is known to have.
     """
     node = output.get_node()
+    if node.get_type_name() == _SLICE:
+        return _sliced(node)
     if node.get_type_name() in _VIEWS:
         found, how = _integers(node.input_value(0)), _constant(node.input_value(1))
         if node.get_type_name() == "Transpose":
@@ -85,6 +88,18 @@ def _integers(output: Any, shape: tuple[int, ...] | None = None) -> list[Array] 
         return None
     zero = zero.astype(integers.dtype)
     return [integers, *(np.broadcast_to(value, integers.shape) for value in (scale, zero))]
+
+
+def _sliced(node: Any) -> list[Array] | None:
+    found = _integers(node.input_value(0))
+    bounds = [_constant(node.input_value(i)) for i in range(1, len(node.inputs()))]
+    if found is None or len(bounds) != 4 or any(bound is None for bound in bounds):
+        return None
+    where = [slice(None)] * found[0].ndim
+    starts, stops, steps, axes = (np.asarray(bound).tolist() for bound in bounds)
+    for axis, *bound in zip(axes, starts, stops, steps, strict=True):
+        where[axis] = slice(*bound)
+    return [value[tuple(where)] for value in found]
 
 
 def _constant(output: Any) -> Array | None:
@@ -124,11 +139,15 @@ def _stored(values: Array, bits: int) -> Any:
     return ops.constant(tensor)
 
 
-def _replace(matmul: Any, weight: Any) -> None:
+def _replace(matmul: Any, weight: BlockedWeight) -> None:
     from openvino import opset13 as ops
 
-    new = ops.matmul(
-        matmul.input_value(0), weight, matmul.get_attributes()["transpose_a"], True
-    )
+    value, first = matmul.input_value(0), matmul.get_attributes()["transpose_a"]
+    short = -weight.integers.shape[1] % weight.block
+    if short:
+        widths = [0] * value.get_partial_shape().rank.get_length()
+        widths[-2 if first else -1] = short
+        value = ops.pad(value, np.zeros_like(widths), np.array(widths), "constant", 0.0)
+    new = ops.matmul(value, _compressed(weight.padded()), first, True)
     new.set_friendly_name(matmul.get_friendly_name())
     matmul.output(0).replace(new.output(0))

@@ -54,7 +54,7 @@ class QuantizeWeights(Pass):
         bits: 8 or 4.
         block: how many inputs share a scale: 16, 32, 64, 128, 256, or 0 for one scale per output
             channel. Where it does not divide a layer's inputs it is halved until it does; where
-            no block does, the layer gets one scale per channel, and a remark says so.
+            not even 16 does, the last block of each row is short. A remark says so.
         symmetric: zero points are 0 (-8..7, -127..127); otherwise each block has one of its own
             (0..15, 0..255).
         scales: ``minmax`` spans each block; ``mse`` takes the part of it with the least squared
@@ -138,8 +138,10 @@ class QuantizeWeights(Pass):
         rows = as_rows(weight, layer, block)
         insert_blocks(rw, layer, block_parameters(rows, grid, self.scales, name), block)
         how = "one scale per channel" if block == inputs else f"blocks of {block} inputs"
+        if inputs % block:
+            how += f", the last of {inputs % block}"
         rw.applied(node, f"{layer_name(node)}: {grid}, {how}")
-        if self.block not in (0, block):
+        if self.block and (self.block != block or inputs % block):
             rw.note(node, f"blocks of {self.block} do not divide its {inputs} inputs: {how}")
 
 

@@ -9,7 +9,8 @@ which each has a scale and a zero point of its own. It stays on the one operator
     reshape                [outputs, inputs]
 
 with a transposition before and after where the weight is stored as [inputs, outputs] (``addmm``,
-Hugging Face's Conv1D). One block a row is the scale per output channel, without any view.
+Hugging Face's Conv1D), and zeros in front of the first view, cut off behind the second, where the
+last block of a row is not full. One block a row is the scale per output channel, without any view.
 
 `StoredWeight` reads such a weight back. It follows elements, not patterns: every view between the
 parameter and the reader moves each element somewhere, so the views are run on element numbers.
@@ -46,7 +47,7 @@ _CHUNK = 1 << 22
 _VIEWS = frozenset(
     {
         aten.reshape.default, aten.view.default, aten.transpose.int, aten.permute.default,
-        aten.t.default,
+        aten.t.default, aten.constant_pad_nd.default, aten.slice.Tensor,
     }
 )  # fmt: skip
 
@@ -65,18 +66,23 @@ def weight_grid(bits: int, *, symmetric: bool) -> Grid:
 
 
 def fitting_block(inputs: int, block: int) -> int:
-    """The largest block up to the wanted one that divides a row: halved until it does.
+    """The block that a row is cut into, given the wanted one (0 for the whole row).
 
-    A whole row where none of at least `SMALLEST_BLOCK` does, or where 0 was wanted.
+    The wanted one is halved down to `SMALLEST_BLOCK` until it divides the row; where none does, it
+    is taken as it is and the last block stays short. Never more than the row.
 
-    >>> [fitting_block(inputs, 64) for inputs in (768, 800, 172)], fitting_block(768, 0)
-    ([64, 32, 172], 768)
+    >>> [fitting_block(inputs, 64) for inputs in (768, 800, 172, 48)], fitting_block(768, 0)
+    ([64, 32, 64, 16], 768)
     """
+    return _dividing(inputs, block) or (block if 0 < block < inputs else inputs)
+
+
+def _dividing(inputs: int, block: int) -> int:
     while block >= SMALLEST_BLOCK:
         if inputs % block == 0:
             return block
         block //= 2
-    return inputs
+    return 0
 
 
 def block_parameters(rows: Tensor, grid: Grid, scales: Scales, name: str) -> QuantParameters:
@@ -119,37 +125,54 @@ def _error(rows: Tensor, parameters: QuantParameters) -> Tensor:
 
 
 def as_rows(weight: Tensor, layer: Layer, block: int) -> Tensor:
-    """A layer's weight as rows of blocks [outputs * blocks, block]."""
-    return layer.matrix(weight)[0].reshape(-1, block)
+    """A layer's weight as rows of blocks [outputs * blocks, block], short ones filled with 0."""
+    matrix = layer.matrix(weight)[0]
+    return torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % block)).reshape(-1, block)
 
 
 def insert_blocks(rw: Rewrite, layer: Layer, parameters: QuantParameters, block: int) -> fx.Node:
     """Let a layer read its weight on a grid by blocks; returns the fake-quant."""
     node, source = layer.node, layer.weight
     name = str(source.target)
-    weight = rw.program.tensor(name)
-    outputs, inputs = layer.matrix(weight)[0].shape
-    transposed, whole = layer.form.reads == 0, block == inputs
-    value, axis = source, 1 if transposed and whole else 0
-    if transposed and not whole:
-        value = _transposed(rw, value, node)
-    if not whole:
-        shape = [outputs * (inputs // block), block]
-        value = rw.insert(aten.reshape.default, before=node, like=node, self=value, shape=shape)
-    value = rw.insert(
-        FAKE_QUANT.op, before=node, like=node, x=value, axis=axis,
+    outputs, inputs = layer.matrix(rw.program.tensor(name))[0].shape
+    turned, whole = layer.form.reads == 0, block == inputs
+    value = source if whole else _cut(rw, layer, outputs, inputs, block)
+    fake = rw.insert(
+        FAKE_QUANT.op, before=node, like=node, x=value, axis=1 if turned and whole else 0,
         scale=rw.constant(parameters.scale, f"{name}_scale", before=node),
         zero_point=rw.constant(parameters.zero_point, f"{name}_zero_point", before=node),
         qmin=parameters.grid.qmin, qmax=parameters.grid.qmax,
     )  # fmt: skip
-    fake = value
-    if not whole:
-        shape = [outputs, inputs]
-        value = rw.insert(aten.reshape.default, before=node, like=node, self=value, shape=shape)
-    if transposed and not whole:
-        value = _transposed(rw, value, node)
+    value = fake if whole else _joined(rw, layer, fake, outputs, inputs)
     rw.update(node, **{layer.form.weight: value})
     return fake
+
+
+def _cut(rw: Rewrite, layer: Layer, outputs: int, inputs: int, block: int) -> fx.Node:
+    """The views from a parameter to rows of blocks."""
+    node, value = layer.node, layer.weight
+    if layer.form.reads == 0:
+        value = _transposed(rw, value, node)
+    if short := -inputs % block:
+        value = rw.insert(
+            aten.constant_pad_nd.default, before=node, like=node, self=value, pad=[0, short]
+        )
+    shape = [outputs * -(-inputs // block), block]
+    return rw.insert(aten.reshape.default, before=node, like=node, self=value, shape=shape)
+
+
+def _joined(rw: Rewrite, layer: Layer, value: fx.Node, outputs: int, inputs: int) -> fx.Node:
+    """The views from rows of blocks to the layer's weight."""
+    node = layer.node
+    rows, block = (int(size) for size in shape_of(value) or ())
+    width = rows * block // outputs
+    shape = [outputs, width]
+    value = rw.insert(aten.reshape.default, before=node, like=node, self=value, shape=shape)
+    if width != inputs:
+        value = rw.insert(
+            aten.slice.Tensor, before=node, like=node, self=value, dim=1, start=0, end=inputs
+        )
+    return _transposed(rw, value, node) if layer.form.reads == 0 else value
 
 
 def _transposed(rw: Rewrite, value: fx.Node, node: fx.Node) -> fx.Node:
@@ -178,6 +201,17 @@ class StoredWeight:
     def layer(self) -> Layer:
         """The product as a layer; its weight is computed (`matrix` and `rows` serve)."""
         return Layer(self.program, self.node)
+
+    def path(self) -> list[fx.Node]:
+        """What stands between the parameter and the product, in order; the fake-quant included."""
+        weight = bind_arguments(self.node)[self.layer.form.weight]
+        behind, ahead = _views(weight, self.fake), _views(self._seen, self.source)
+        return [*behind, self.fake, *ahead][::-1]
+
+    @property
+    def first(self) -> fx.Node:
+        """The node that reads the parameter."""
+        return self.path()[0]
 
     @property
     def grid(self) -> Grid:
@@ -227,8 +261,13 @@ class StoredWeight:
 
     def _before(self, value: Tensor) -> Tensor:
         """The parameter as the fake-quant sees it."""
-        views = list(_views(bind_arguments(self.fake)["x"], self.source))
-        return _run(reversed(views), value)
+        return _run(reversed(list(_views(self._seen, self.source))), value)
+
+    @property
+    def _seen(self) -> fx.Node:
+        source = bind_arguments(self.fake)["x"]
+        assert isinstance(source, fx.Node)
+        return source
 
     def _spread(self, value: Tensor) -> Tensor:
         """What the fake-quant yields, as [outputs, inputs]."""

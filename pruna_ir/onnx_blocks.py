@@ -29,7 +29,7 @@ DOMAIN = "com.microsoft"
 BLOCKS = (256, 128, 64, 32, 16)
 """The block sizes that MatMulNBits has."""
 _FLOAT32 = 1
-_VIEWS = ("Reshape", "Transpose")
+_VIEWS = ("Reshape", "Slice", "Transpose")
 Array = np.ndarray[Any, Any]
 
 
@@ -127,10 +127,24 @@ class _Weights:
     def _viewed(self, view: Any, value: Array) -> Array | None:
         if view.op_type == "Transpose":
             return value.transpose(_attributes(view).get("perm"))
+        if view.op_type == "Slice":
+            return self._sliced(view, value)
         shape = self.constant(view.input[1])
         if shape is None or (shape == 0).any():
             return None
         return value.reshape(shape.tolist())
+
+    def _sliced(self, view: Any, value: Array) -> Array | None:
+        bounds = [self.constant(name) for name in view.input[1:]]
+        if any(bound is None for bound in bounds):
+            return None
+        starts, ends, *rest = (np.asarray(bound).tolist() for bound in bounds)
+        axes = rest[0] if rest else list(range(len(starts)))
+        steps = rest[1] if len(rest) > 1 else [1] * len(starts)
+        where = [slice(None)] * value.ndim
+        for axis, *bound in zip(axes, starts, ends, steps, strict=True):
+            where[axis] = slice(*bound)
+        return value[tuple(where)]
 
     def finish(self, nodes: list[Any]) -> None:
         """Set the nodes; drop what nobody reads any longer."""

@@ -13,7 +13,7 @@ little-endian bit streams.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ class BlockedWeight:
         integers: [outputs, inputs], int8 or uint8.
         scale: float32 [outputs, blocks].
         zero_point: [outputs, blocks], of the dtype of ``integers``.
-        block: the number of inputs of a block, a divisor of ``inputs``.
+        block: the number of inputs of a block; the last one of a row may have fewer.
     """
 
     integers: Array
@@ -45,14 +45,21 @@ class BlockedWeight:
         return 4 if all(v.min(initial=0) >= low and v.max(initial=0) <= high for v in values) else 8
 
     def repeated(self, block: int) -> BlockedWeight:
-        """The same weight with smaller blocks, or padded ones where a row is one block.
+        """The same weight with other blocks, of a size that divides the present one's.
 
-        ``block`` divides the present one, or the present one is the whole row.
+        Any size will do where a row is one block.
         """
-        outputs, inputs = self.integers.shape
+        inputs = self.integers.shape[1]
         starts = np.arange(0, inputs, block) // self.block
         scale, zero = (np.ascontiguousarray(v[:, starts]) for v in (self.scale, self.zero_point))
         return BlockedWeight(self.integers, scale, zero, block)
+
+    def padded(self) -> BlockedWeight:
+        """The same weight with zeros behind each row, so that its last block is full."""
+        short = -self.integers.shape[1] % self.block
+        # What a short block is filled up with must stand for 0.
+        fill = np.repeat(self.zero_point[:, -1:], short, axis=1)
+        return replace(self, integers=np.concatenate([self.integers, fill], axis=1))
 
     def reals(self) -> Array:
         """The float32 matrix that the integers stand for."""
@@ -65,7 +72,8 @@ class BlockedWeight:
 def blocked(integers: Array, scale: Array, zero_point: Array) -> BlockedWeight:
     """A weight from its integers, scales and zero points, all [outputs, inputs].
 
-    The blocks are the largest that divide a row and on which scale and zero point are constant.
+    The blocks are the largest of one size, from the start of the row, on which scale and zero
+    point are constant; the whole row where they are constant on that.
 
     >>> scale = np.array([[1.0, 1.0, 2.0, 2.0]], dtype=np.float32)
     >>> found = blocked(np.ones((1, 4), np.int8), scale, np.zeros((1, 4), np.int8))
@@ -75,7 +83,7 @@ def blocked(integers: Array, scale: Array, zero_point: Array) -> BlockedWeight:
     inputs = integers.shape[1]
     changes = (np.diff(scale, axis=1) != 0) | (np.diff(zero_point, axis=1) != 0)
     edges = np.flatnonzero(changes.any(axis=0)) + 1
-    block = math.gcd(inputs, *edges.tolist()) or 1
+    block = math.gcd(*edges.tolist()) or inputs
     return BlockedWeight(
         np.ascontiguousarray(integers),
         np.ascontiguousarray(scale[:, ::block], dtype=np.float32),

@@ -42,6 +42,9 @@ METHODS = {
     "int8 static": ("canonicalize,insert-fake-quant", INT8),
     "int8 weights": ("canonicalize,quantize-weights", INT8),
     "int4 b32 rtn": ("canonicalize,quantize-weights{bits=4,block=32}", INT4),
+    "int4 b32 gptq": (
+        "canonicalize,quantize-weights{bits=4,block=32},compensate-rounding", INT4
+    ),
 }
 BACKENDS = ("eager", "onnx", "openvino", "tvm")
 _PRODUCTS = ("linear", "matmul", "attention")
