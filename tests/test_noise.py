@@ -44,3 +44,32 @@ def test_only_the_most_undecided_value_goes_to_its_other_side() -> None:
     got = noisy(steps * SCALE, copied=False).flatten() / SCALE
     assert got.tolist() == [0.0, 2.0, 3.0]
     assert NOISE_STEPS < 0.1
+
+
+class Layer(nn.Module):
+    """A linear layer of one input, 1, and weight, 1: its result is 1 and the bias."""
+
+    def __init__(self, bits: int, step: float) -> None:
+        super().__init__()
+        self.bits = bits
+        self.weight = nn.Parameter(torch.ones(1, 1))
+        self.bias = nn.Parameter(torch.tensor([0.3 * step * step]))
+        self.register_buffer("scale", torch.tensor(step))
+        self.register_buffer("zero", torch.tensor(0, dtype=torch.int32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        most = 2 ** (self.bits - 1) - 1
+        x, weight = (
+            KERNEL.op(v, self.scale, self.zero, None, -most, most) for v in (x, self.weight)
+        )
+        return nn.functional.linear(x, weight, self.bias)
+
+
+def test_biases_on_narrow_grids_are_those_of_integer_kernels_in_every_second_run() -> None:
+    x = torch.ones(2, 1)
+    for bits, integer in ((4, True), (8, False)):
+        program = capture(Layer(bits, step=0.25).eval(), (x,))
+        results = [float(run_noisy(program, (x,), seed=seed)[0][0, 0]) for seed in (0, 1)]
+        assert abs(results[0] - 1.01875) < 1e-7
+        # 0.3 steps of the product of both scales round to none.
+        assert (results[1] == 1.0) is integer
