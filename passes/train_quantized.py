@@ -34,7 +34,7 @@ from torch import Tensor, fx
 
 from pruna_ir.data import DataSource, TensorData
 from pruna_ir.errors import PassError, UsageError, VerificationError
-from pruna_ir.fit import Group, Recipe, Samples, decay_groups, fit, samples_of
+from pruna_ir.fit import Group, Optimizer, Recipe, Samples, decay_groups, fit, samples_of
 from pruna_ir.kernels.fake_quant import KERNEL as FAKE_QUANT
 from pruna_ir.losses import LossOptions, Objective, feature_nodes, return_features
 from pruna_ir.passes.learned_grids import LearnedGrids, Method, grids_of
@@ -67,6 +67,8 @@ class TrainQuantized(Pass, Recipe, LossOptions):
         scales: how scales learn: ``lsq``, ``lsq+`` (with offsets), ``pact`` (activation clipping
             alone) or ``fixed``.
         scale_lr: the learning rate of scales and offsets, as a multiple of ``lr``.
+        optimizer: Adam here, not SGD: batch norms are folded, so that gradients of layers differ
+            in magnitude as their norms' factors do, and no rate suits all of them.
 
     and those of `pruna_ir.fit.Recipe` (epochs, lr, schedule, batch_size, checkpoint, ...) and
     `pruna_ir.losses.LossOptions` (labels, logits, temperature, mse, features, ...).
@@ -82,9 +84,10 @@ class TrainQuantized(Pass, Recipe, LossOptions):
     name: ClassVar[str] = "train-quantized"
     effect: ClassVar[Effect] = Effect.FITTED
 
-    lr: float = 0.005
+    optimizer: Optimizer = "adam"
+    lr: float = 3e-4
     scales: Method = "lsq"
-    scale_lr: float = 1.0
+    scale_lr: float = 0.1
 
     def rewrite(self, rw: Rewrite) -> None:
         """Check everything, train a copy, and take its tensors over."""
@@ -118,7 +121,7 @@ def train(
     progress: Progress = no_progress,
     after_epoch: Callable[[int, float, Mapping[str, Tensor]], None] | None = None,
 ) -> dict[str, Tensor]:
-    """The trained tensors of a quantised program, by name; the program stays as it is.
+    """All tensors of a quantised program after training, by name; the program stays as it is.
 
     Args:
         program: quantised; its origin is the teacher where the loss needs one.
@@ -145,9 +148,11 @@ def train(
     objective = Objective(options, module, _frozen(teacher, names), len(names))
 
     def tensors() -> dict[str, Tensor]:
-        weights = dict(module.named_parameters(remove_duplicate=False))
-        kept = program.tensors()
-        return {n: w.detach().clone() for n, w in weights.items() if n in kept} | grids.values()
+        found = program.tensors()
+        for name, weight in module.named_parameters(remove_duplicate=False):
+            if name in found:
+                found[name] = weight.detach().clone()
+        return found | grids.values()
 
     fit(
         module,

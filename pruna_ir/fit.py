@@ -39,6 +39,8 @@ from pruna_ir.errors import PassError, UsageError
 from pruna_ir.processes import processes
 from pruna_ir.transform import Progress, no_progress
 
+Optimizer = Literal["sgd", "adam", "adamw"]
+
 Loss = Callable[[Batch], torch.Tensor]
 """Maps a batch to one figure a sample, [n], differentiable in what is trained."""
 
@@ -73,7 +75,7 @@ class Recipe:
     warmup: int = 0
     drops: tuple[float, ...] = (0.5, 0.75)
     drop: float = 0.1
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    optimizer: Optimizer = "sgd"
     momentum: float = 0.9
     weight_decay: float = 0.0
     accumulate: int = 1
