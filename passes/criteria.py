@@ -35,6 +35,7 @@ from pruna_ir.passes.scored_members import (
     Candidates,
     Parts,
     Scores,
+    magnitudes,
     once,
     per_index,
     per_unit,
@@ -57,10 +58,7 @@ def l1(candidates: Candidates) -> list[Parts]:
     """The sum of absolute weights."""
     return [
         [
-            per_unit(
-                per_index(_weight(candidates, member.tensor), member.dim, torch.Tensor.abs_),
-                member,
-            )
+            per_unit(magnitudes(_weight(candidates, member.tensor), member.dim), member)
             for member in producers(candidates.program, group)
         ]
         for group in candidates.groups

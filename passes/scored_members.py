@@ -73,8 +73,9 @@ def producers(program: Program, group: Group) -> list[Member]:
     Where there are none: the weights that read them; where there are none either: every member.
     Buffers (masks) count only where there is no parameter.
     """
-    wide = [m for m in group.members if program.tensor(m.tensor).dim() > 1]
-    weights = [m for m in wide if isinstance(program.tensor(m.tensor), Parameter)] or wide
+    tensors = {member.tensor: program.tensor(member.tensor) for member in group.members}
+    wide = [m for m in group.members if tensors[m.tensor].dim() > 1]
+    weights = [m for m in wide if isinstance(tensors[m.tensor], Parameter)] or wide
     produced = [m for m in weights if m.produced]
     return once(program, produced or weights or group.members)
 
@@ -119,6 +120,27 @@ def _exact(entries: torch.Tensor, of: InPlace | None) -> torch.Tensor:
 
 _PART = 2**16
 """Elements that are summed at once: few enough to stay in a core's cache as float64."""
+
+
+def magnitudes(entries: torch.Tensor, dim: int) -> torch.Tensor:
+    """The sum of absolute entries at each index of one dimension, [size] in float64.
+
+    Summed in the entries' own precision (float32 at least) within parts of ``_LARGE_PART``
+    elements, whose sums are added in float64: half the memory traffic of `per_index`.
+
+    >>> magnitudes(torch.tensor([[1.0, 2.0], [3.0, -4.0]]), 1)
+    tensor([4., 6.], dtype=torch.float64)
+    """
+    if entries.dim() < 2 or entries.dtype not in (torch.float32, torch.float64):
+        return per_index(entries, dim, torch.Tensor.abs_)
+    rows = max(_LARGE_PART * len(entries) // max(entries.numel(), 1), 1)
+    others = [k for k in range(entries.dim()) if k != dim]
+    sums = [part.abs().sum(others).double() for part in torch.split(entries, rows)]
+    return torch.cat(sums) if dim == 0 else torch.stack(sums).sum(0)
+
+
+_LARGE_PART = 2**19
+"""Elements of float32 that stay in a core's cache."""
 
 
 def per_unit(each: torch.Tensor, member: Member) -> Scores:

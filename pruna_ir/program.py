@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from pruna_ir.collector import paused_collector
 from pruna_ir.errors import InvalidIRError, UsageError
 from pruna_ir.lazy_module import LazyGraphModule
 from pruna_ir.tensor_cache import TensorCache
@@ -148,7 +149,8 @@ class Program:
 
     def fork(self) -> Program:
         """A program with its own nodes that shares every tensor with this one."""
-        graph = copy.deepcopy(self.graph)
+        with paused_collector():
+            graph = copy.deepcopy(self.graph)
         return replace(self, module=LazyGraphModule(self.module, graph, "Program"))
 
     def bind(self, inputs: Iterable[torch.Tensor], named: Mapping[str, torch.Tensor]) -> list[

@@ -112,4 +112,6 @@ def same_value(a: Any, b: Any) -> bool:
 def _same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     if isinstance(a, int) and isinstance(b, int):
         return a == b
+    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt) and a.node.expr == b.node.expr:
+        return True
     return str(a) == str(b)

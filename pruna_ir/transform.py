@@ -387,8 +387,17 @@ class Rewrite:
         """The rewritten program: dead nodes removed, shapes propagated, code compiled."""
         remove_dead_nodes(self.graph)
         self.refresh()
-        module = LazyGraphModule(self.program.module, self.graph, "Program")
-        return replace(self.program, module=module, origin=self._origin)
+        return replace(self.program, module=self._module(), origin=self._origin)
+
+    def _module(self) -> LazyGraphModule:
+        """The module of the finished graph: the fork's own where no tensor was left behind."""
+        module = self.program.module
+        if isinstance(module, LazyGraphModule) and _tensor_names(module) == set(
+            self.program.tensors()
+        ):
+            module.graph = self.graph
+            return module
+        return LazyGraphModule(module, self.graph, "Program")
 
     def state(self, values: Mapping[fx.Node, Any]) -> None:
         """Give nodes values that are known; `refresh` then propagates other readers of theirs.
@@ -413,6 +422,13 @@ class Rewrite:
                     node.meta["val"] = fresh
                     self._stale.update(node.users)
         self._stale.clear()
+
+
+def _tensor_names(module: torch.nn.Module) -> set[str]:
+    """The names of all parameters and buffers; tied ones under each of theirs."""
+    parameters = module.named_parameters(remove_duplicate=False)
+    buffers = module.named_buffers(remove_duplicate=False)
+    return {name for name, _ in (*parameters, *buffers)}
 
 
 def _set_tensor(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:

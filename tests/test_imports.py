@@ -25,8 +25,8 @@ import pytest
 from tests.wheels import FOLDERS, ROOT, run
 
 FOUNDATION = (
-    "errors", "tensor_cache", "lazy_module", "spec", "program", "call", "propagate", "printer",
-    "transform",
+    "errors", "collector", "tensor_cache", "lazy_module", "spec", "program", "call", "propagate",
+    "printer", "transform",
 )  # fmt: skip
 """Each imports only those before it."""
 DRIVERS = ("pipeline", "instruments", "bisect", "reproducer", "presets", "cli", "__main__")

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import fx
 
 from pruna_ir.coupling.links import Links, Reason
 from pruna_ir.coupling.value import (
@@ -26,21 +27,42 @@ from pruna_ir.coupling.value import (
     product,
     quotient,
 )
+from pruna_ir.program import source_line
+
+
+def _operands_fix(node: fx.Node) -> str:
+    inputs = [operand.name for operand in node.all_input_nodes if operand.op == "placeholder"]
+    if inputs:
+        return f"program input {inputs[0]} fixes them"
+    return "an operand without removable channels fixes them"
 
 
 @dataclass(frozen=True)
 class Algebra:
-    """Operations on values at one node: they record links, with the node as the reason."""
+    """Operations on values at one node: they record links, with the node as the reason.
+
+    Attributes:
+        links: where they are recorded.
+        node: the node; None where nobody needs a reason.
+        text: what the node needs; empty for what its operands tell.
+    """
 
     links: Links
-    reason: Reason | None
+    node: fx.Node | None
+    text: str = ""
+
+    @property
+    def reason(self) -> Reason | None:
+        """Why channels must stay; few are asked for."""
+        node = self.node
+        if node is None:
+            return None
+        text = self.text or _operands_fix(node)
+        return Reason(node.name, str(node.target), source_line(node), text)
 
     def because(self, text: str) -> Algebra:
         """The same operations for another reason at the same node."""
-        if self.reason is None:
-            return self
-        reason = Reason(self.reason.node, self.reason.operator, self.reason.source, text)
-        return Algebra(self.links, reason)
+        return Algebra(self.links, self.node, text)
 
     # -- keeping -----------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from pruna_ir.collector import paused_collector
 from pruna_ir.coupling.links import ATTENTION, Links, Reason, Units
 from pruna_ir.coupling.plan import RemovalPlan
 from pruna_ir.coupling.rule import Result, Site
@@ -125,10 +126,11 @@ class Coupling:
         return [
             (node, np.unique(self.solved.unit[ids]))
             for node, ids in self.blocks
-            if ids.size and of_id[ids].all()
+            if ids.size and of_id[ids[0]] and of_id[ids].all()
         ]
 
 
+@paused_collector()
 def couple(program: Program, attention: str = "heads") -> Coupling:
     """Analyse a program.
 
@@ -357,7 +359,9 @@ def _numbers(solved: Units, places: list[Ids]) -> Ids:
     signature = reasons[solved.reason]
     if places:
         sizes = [len(unit) for unit in places]
-        np.add.at(signature, np.concatenate(places), np.repeat(numbers, sizes, axis=0))
+        units = np.concatenate(places)
+        for half in range(2):
+            np.add.at(signature[:, half], units, np.repeat(numbers[:, half], sizes))
     kept = np.flatnonzero(~solved.frozen | (solved.reason >= 0))
     kept = kept[np.lexsort((signature[kept, 1], signature[kept, 0]))]
     new = (np.diff(signature[kept], axis=0, prepend=0) != 0).any(axis=1)

@@ -103,7 +103,7 @@ class Links:
 
     def connect(self, a: Ids, b: Ids) -> None:
         """Ids at equal (broadcast) places go together."""
-        left, right = np.broadcast_arrays(a, b)
+        left, right = (a, b) if a.shape == b.shape else np.broadcast_arrays(a, b)
         self._edges.append((left.ravel(), right.ravel()))
 
     def connect_all(self, arrays: Iterable[Ids]) -> None:
@@ -141,7 +141,7 @@ class Links:
 
     def solve(self) -> Units:
         """The units that follow from everything collected."""
-        labels, frozen = self._components()
+        labels, frozen = self._components(np.arange(self.count))
         waiting = self._products
         while waiting:
             waiting, changed = self._settle(waiting, labels, frozen)
@@ -150,25 +150,23 @@ class Links:
                 self._choose([p for p in waiting if p.readers] or waiting, labels, frozen)
                 changed = True
             if changed:
-                labels, frozen = self._components()
+                labels, frozen = self._components(labels)
         return self._units(labels, frozen)
 
-    def _components(self) -> tuple[Ids, Mask]:
-        if self._edges:
-            left = np.concatenate([a for a, _ in self._edges])
-            right = np.concatenate([b for _, b in self._edges])
-            # One merged edge list is kept, so that later rounds need not join it again.
-            self._edges = [(left, right)]
-        else:
-            left = right = np.zeros(0, np.int64)
-        graph = coo_array(
-            (np.ones(left.size, np.int8), (left, right)), shape=(self.count, self.count)
-        )
-        number, labels = connected_components(graph, directed=False)
+    def _components(self, labels: Ids) -> tuple[Ids, Mask]:
+        """The component of every id, given those before the connections made since."""
+        left = labels[_joined(a for a, _ in self._edges)]
+        right = labels[_joined(b for _, b in self._edges)]
+        # They are in the labels from here on.
+        self._edges.clear()
+        size = int(labels.max(initial=-1)) + 1
+        graph = coo_array((np.ones(left.size), (left, right)), shape=(size, size))
+        number, merged = connected_components(graph, directed=False)
+        found = merged.astype(np.int64)[labels]
         frozen = np.zeros(number, np.bool_)
         for ids, _ in self._frozen:
-            frozen[labels[ids]] = True
-        return labels.astype(np.int64), frozen
+            frozen[found[ids]] = True
+        return found, frozen
 
     def _settle(
         self, products: list[Product], labels: Ids, frozen: Mask
@@ -228,6 +226,11 @@ class Links:
         return Units(labels, frozen, reason, tuple(self.reasons), produced)
 
 
+def _joined(parts: Iterable[Ids]) -> Ids:
+    """Arrays of ids end to end."""
+    return np.concatenate([np.zeros(0, np.int64), *parts])
+
+
 def _line(ids: Ids, axis: int) -> Ids:
     """The ids along one axis at index 0 of the others."""
     return ids[tuple(slice(None) if k == axis else 0 for k in range(ids.ndim))]
@@ -242,7 +245,8 @@ def _states(ids: Ids, labels: Ids, frozen: Mask) -> Ids:
 def _varying(states: Ids) -> list[int]:
     if not states.size:
         return []
-    return [k for k in range(states.ndim) if (states != states.take([0], axis=k)).any()]
+    first = [(slice(None),) * k + (slice(1),) for k in range(states.ndim)]
+    return [k for k, line in enumerate(first) if (states != states[line]).any()]
 
 
 @dataclass(frozen=True, eq=False)

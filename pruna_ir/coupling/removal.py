@@ -17,12 +17,14 @@ import torch
 from torch import fx
 
 from pruna_ir.call import bind_arguments
+from pruna_ir.collector import paused_collector
 from pruna_ir.coupling.analysis import Coupling
 from pruna_ir.coupling.plan import RemovalPlan
 from pruna_ir.coupling.rule import Edit, Result, kept_counts
 from pruna_ir.coupling.table import rule_of
 from pruna_ir.coupling.value import Block, Extent, Factor, Ids, Mask, Value, extent, product
 from pruna_ir.errors import InvalidIRError, UsageError
+from pruna_ir.huge_pages import HugePages
 from pruna_ir.propagate import resized_value
 from pruna_ir.transform import Rewrite
 
@@ -43,6 +45,7 @@ def remove(rw: Rewrite, coupling: Coupling, plan: RemovalPlan) -> None:
     remove_units(rw, coupling, removed_units(coupling, plan))
 
 
+@paused_collector()
 def remove_units(rw: Rewrite, coupling: Coupling, gone: Mask) -> None:
     """`remove` for whole units.
 
@@ -144,21 +147,26 @@ def _changes(node: fx.Node, values: dict[str, Result], shrunk: _Shrunk) -> bool:
 def _cut_tensors(rw: Rewrite, coupling: Coupling, alive: Mask) -> None:
     """Cut every tensor; tied names get one and the same cut tensor."""
     cut: dict[int, torch.Tensor] = {}
+    memory = HugePages()
     for name, dims in coupling.tensors.items():
         kept = [None if ids is None else alive[ids] for ids in dims]
         if all(mask is None or mask.all() for mask in kept):
             continue
         if id(dims) not in cut:
-            cut[id(dims)] = _cut(rw.program.tensor(name), kept)
+            cut[id(dims)] = _cut(rw.program.tensor(name), kept, memory)
         rw.set_tensor(name, cut[id(dims)])
 
 
-def _cut(tensor: torch.Tensor, kept: Sequence[Mask | None]) -> torch.Tensor:
+def _cut(tensor: torch.Tensor, kept: Sequence[Mask | None], memory: HugePages) -> torch.Tensor:
     result = tensor.detach()
-    for dim, mask in enumerate(kept):
-        if mask is not None and not mask.all():
-            index = torch.from_numpy(np.flatnonzero(mask))
-            result = result.index_select(dim, index.to(result.device))
+    cuts = [(k, mask) for k, mask in enumerate(kept) if mask is not None and not mask.all()]
+    for number, (dim, mask) in enumerate(cuts, start=1):
+        index = torch.from_numpy(np.flatnonzero(mask)).to(result.device)
+        out = None
+        if number == len(cuts) and result.device.type == "cpu":
+            shape = [*result.shape[:dim], len(index), *result.shape[dim + 1 :]]
+            out = memory.empty(shape, result.dtype)
+        result = torch.index_select(result, dim, index, out=out)
     if isinstance(tensor, torch.nn.Parameter):
         return torch.nn.Parameter(result, requires_grad=tensor.requires_grad)
     return result

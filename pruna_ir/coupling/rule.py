@@ -23,10 +23,9 @@ from torch import fx
 
 from pruna_ir.call import bind_arguments
 from pruna_ir.coupling.algebra import Algebra
-from pruna_ir.coupling.links import Links, Reason
+from pruna_ir.coupling.links import Links
 from pruna_ir.coupling.value import Extent, Factor, Mask, Value, extent, product
 from pruna_ir.errors import PassError
-from pruna_ir.program import source_line
 from pruna_ir.transform import Rewrite
 
 Result = Value | tuple[Value, ...]
@@ -45,14 +44,7 @@ class Site:
     @staticmethod
     def of(node: fx.Node, values: Mapping[fx.Node, Result], links: Links) -> Site:
         """The site of a call."""
-        inputs = [arg.name for arg in node.all_input_nodes if arg.op == "placeholder"]
-        text = (
-            f"program input {inputs[0]} fixes them"
-            if inputs
-            else "an operand without removable channels fixes them"
-        )
-        reason = Reason(node.name, str(node.target), source_line(node), text)
-        return Site(node, bind_arguments(node), values, Algebra(links, reason))
+        return Site(node, bind_arguments(node), values, Algebra(links, node))
 
     @property
     def links(self) -> Links:

@@ -78,7 +78,11 @@ class Block:
 
     def touches(self, factors: Iterable[Factor]) -> bool:
         """Whether the block covers one of the factors."""
-        return any(factor in self.factors for factor in factors)
+        own = self.factors
+        for factor in factors:  # noqa: SIM110 - called for every block of every operand
+            if factor in own:
+                return True
+        return False
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from pruna_ir import verify
-from pruna_ir.coupling.algebra import Algebra
 from pruna_ir.coupling.links import Links
 from pruna_ir.coupling.rule import Edit, Result, Rule, Site
 from pruna_ir.coupling.rules_elementwise import ELEMENTWISE
@@ -80,7 +79,7 @@ def unlinked(rule: Rule) -> Rule:
     """Nothing that the rule says of ids is heard."""
 
     def couple(site: Site) -> Result:
-        algebra = Algebra(Deaf(site.links), site.algebra.reason)
+        algebra = replace(site.algebra, links=Deaf(site.links))
         return rule.couple(replace(site, algebra=algebra))
 
     return replace(rule, couple=couple)
