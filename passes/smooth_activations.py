@@ -245,13 +245,18 @@ def _smooth(rw: Rewrite, group: Group, factor: Tensor) -> None:
         where = group.source.node.name
     for number, layer in enumerate(group.layers):
         own = factor[group.columns[number]] if group.columns else factor
-        weight = layer.tensor()
+        weight = _unrounded(rw, layer)
         blocks = scale_inputs(layer.blocks(weight), own.to(weight.device))
         rw.derive(layer.weight, layer.unblocked(blocks, weight), layer.node)
         least, most = float(own.min()), float(own.max())
         rw.applied(
             layer.node, f"inputs divided by {least:.3g} to {most:.3g}, taken from {where}"
         )
+
+
+def _unrounded(rw: Rewrite, layer: Scalable) -> Tensor:
+    """The weight, float64, as this pass computed it where it was another group's source."""
+    return rw.exact.get(str(layer.weight.target), layer.tensor())
 
 
 def _divide_vector(rw: Rewrite, node: fx.Node, name: str, factor: Tensor) -> None:
@@ -263,7 +268,7 @@ def _divide_vector(rw: Rewrite, node: fx.Node, name: str, factor: Tensor) -> Non
 
 
 def _divide_layer(rw: Rewrite, layer: Scalable, factor: Tensor) -> str:
-    weight = layer.tensor()
+    weight = _unrounded(rw, layer)
     blocks = scale_outputs(layer.blocks(weight), 1.0 / factor.to(weight.device))
     rw.derive(layer.weight, layer.unblocked(blocks, weight), layer.node)
     if layer.bias is not None:
