@@ -29,18 +29,18 @@ from torch import fx
 
 from pruna_ir.calibration import layer_name
 from pruna_ir.errors import UsageError
-from pruna_ir.passes.linear_layers import Layer, layer_at, why_no_matrix
+from pruna_ir.passes.linear_layers import Layer, layer_at
 from pruna_ir.passes.weight_blocks import (
     PRODUCTS,
     SMALLEST_BLOCK,
     as_rows,
     block_parameters,
     check_globs,
-    excluded,
     fitting_block,
     insert_blocks,
     stored_weight,
     weight_grid,
+    why_not_stored,
 )
 from pruna_ir.program import Origin
 from pruna_ir.transform import Effect, Pass, Rewrite
@@ -111,23 +111,11 @@ class QuantizeWeights(Pass):
             layer = layer_at(rw.program, node)
             if layer is None or stored_weight(rw.program, node) is not None:
                 continue
-            reason = self._reason(layer)
+            reason = why_not_stored(layer, self.exclude, tied=self.tied)
             if reason:
                 rw.skip(node, reason)
             else:
                 yield layer
-
-    def _reason(self, layer: Layer) -> str:
-        if hit := excluded(layer_name(layer.node), self.exclude):
-            return f"excluded by '{hit}'"
-        if layer.weight.op != "get_attr":
-            return "its weight is computed; where from constants, run fold-constants first"
-        if not layer.weight.meta["val"].dtype.is_floating_point:
-            return "its weight is no float tensor"
-        why = why_no_matrix(layer)
-        if "also read by" in why:
-            return "" if self.tied else f"{why}; tied=true quantises it for this reader alone"
-        return why
 
     def _quantise(self, rw: Rewrite, layer: Layer) -> None:
         node, name = layer.node, str(layer.weight.target)

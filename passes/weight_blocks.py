@@ -26,10 +26,11 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
+from pruna_ir.calibration import layer_name
 from pruna_ir.call import Call, bind_arguments
 from pruna_ir.errors import UsageError
 from pruna_ir.kernels.fake_quant import KERNEL as FAKE_QUANT
-from pruna_ir.passes.linear_layers import FORMS, Layer
+from pruna_ir.passes.linear_layers import FORMS, Layer, why_no_matrix
 from pruna_ir.program import Program, shape_of
 from pruna_ir.quantization import Grid, QuantParameters, choose_parameters
 from pruna_ir.registry import unknown
@@ -328,3 +329,17 @@ def check_globs(globs: tuple[str, ...], paths: Collection[str]) -> None:
     for glob in globs:
         if not any(excluded(path, (glob,)) for path in paths):
             raise UsageError(f"exclude: {unknown('layer', glob, paths)}")
+
+
+def why_not_stored(layer: Layer, exclude: tuple[str, ...], *, tied: bool) -> str:
+    """Why a product's weight is not put on a grid; empty where it can be."""
+    if hit := excluded(layer_name(layer.node), exclude):
+        return f"excluded by '{hit}'"
+    if layer.weight.op != "get_attr":
+        return "its weight is computed; where from constants, run fold-constants first"
+    if not layer.weight.meta["val"].dtype.is_floating_point:
+        return "its weight is no float tensor"
+    why = why_no_matrix(layer)
+    if "also read by" in why:
+        return "" if tied else f"{why}; tied=true quantises it for this reader alone"
+    return why

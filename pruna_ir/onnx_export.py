@@ -4,6 +4,7 @@ The program is exported again, translated by ``torch.onnx`` and then put into th
 runtimes expect of a quantised model:
 
     fake_quant(x)             ->  DequantizeLinear(QuantizeLinear(x, s, z), s, z)
+    fake_quant(x, own range)  ->  DequantizeLinear(DynamicQuantizeLinear(x))
     fake_quant(W)             ->  DequantizeLinear(W8, s, z)
     transpose(fake_quant(W))  ->  DequantizeLinear(transpose(W8), s, z)
                                   where W8 = clip(rint(W / s) + z, qmin, qmax)
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,15 @@ import torch
 from pruna_ir.errors import LoweringError
 from pruna_ir.onnx_attention import with_plain_attention
 from pruna_ir.onnx_splits import with_plain_splits
-from pruna_ir.onnx_translations import DOMAIN, FAKE_QUANT, keep_constants, translations
+from pruna_ir.onnx_translations import (
+    DOMAIN,
+    DYNAMIC_SCALE,
+    DYNAMIC_ZERO_POINT,
+    FAKE_QUANT,
+    dynamic_ranges,
+    keep_constants,
+    translations,
+)
 from pruna_ir.program import Program, TensorSpec
 from pruna_ir.reexport import reexport
 
@@ -92,7 +101,8 @@ def module_scopes(node: Any) -> list[str]:
 
 
 def _translate(program: Program, opset: int) -> Any:
-    exported = reexport(with_plain_splits(with_plain_attention(program)))
+    plain = with_plain_splits(with_plain_attention(program))
+    exported = reexport(plain, keep=dynamic_ranges())
     try:
         result = torch.onnx.export(
             exported,
@@ -252,8 +262,14 @@ class _Quantizer:
 def _lower_fake_quants(graph: _Graph, int8_weights: bool) -> None:
     nodes: list[Any] = []
     weights: dict[str, _Quantizer] = {}
+    makers = {name: node for node in graph.proto.node for name in node.output}
     for node in graph.proto.node:
+        if node.domain == DOMAIN and node.op_type in (DYNAMIC_SCALE, DYNAMIC_ZERO_POINT):
+            continue
         if node.domain == DOMAIN and node.op_type == FAKE_QUANT:
+            if _is_dynamic(node, makers):
+                nodes += _dynamic(graph, node)
+                continue
             quantizer = _Quantizer.read(graph, node)
             if int8_weights and quantizer.x in graph.initializers:
                 weights[quantizer.y] = quantizer
@@ -262,6 +278,26 @@ def _lower_fake_quants(graph: _Graph, int8_weights: bool) -> None:
             continue
         nodes.append(node)
     graph.finish(_lower_weights(graph, nodes, weights))
+
+
+def _is_dynamic(node: Any, makers: Mapping[str, Any]) -> bool:
+    """Whether a FakeQuant rounds a tensor to 8 unsigned bits by the tensor's own range."""
+    found = [makers.get(name) for name in node.input[1:3]]
+    attributes = {a.name: a.i for a in node.attribute}
+    return (
+        [getattr(maker, "op_type", "") for maker in found] == [DYNAMIC_SCALE, DYNAMIC_ZERO_POINT]
+        and all(maker.input[0] == node.input[0] for maker in found)
+        and (attributes["qmin"], attributes["qmax"]) == (0, 255)
+    )
+
+
+def _dynamic(graph: _Graph, node: Any) -> Iterator[Any]:
+    from onnx import helper
+
+    (result,) = node.output
+    names = [graph.fresh(f"{result}_{part}") for part in ("quantized", "scale", "zero_point")]
+    yield helper.make_node("DynamicQuantizeLinear", node.input[:1], names, name=names[0])
+    yield helper.make_node("DequantizeLinear", names, [result], name=result)
 
 
 def _activation(graph: _Graph, q: _Quantizer) -> Iterator[Any]:

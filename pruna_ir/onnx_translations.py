@@ -1,6 +1,7 @@
 """Operators that we translate for ``torch.onnx``, and one mend of what it makes of others.
 
     pruna.fake_quant(x, s, z, ...)   -->   pruna::FakeQuant(x, s, z), replaced after the export
+    pruna.dynamic_scale, dynamic_zero_point   -->   pruna::DynamicScale, DynamicZeroPoint; likewise
     aten.one_hot(x, n)               -->   OneHot(x, n, [0, 1])
 
 ``OneHot`` counts negative classes from the end, where PyTorch raises; both are outside what the
@@ -19,6 +20,7 @@ from pruna_ir.registry import kernels
 DOMAIN = "pruna"
 """The domain of operators that stand in the graph between the export and their replacement."""
 FAKE_QUANT = "FakeQuant"
+DYNAMIC_SCALE, DYNAMIC_ZERO_POINT = "DynamicScale", "DynamicZeroPoint"
 
 
 def translations() -> dict[Any, Any]:
@@ -26,7 +28,19 @@ def translations() -> dict[Any, Any]:
     kernels()
     return {
         torch.ops.pruna.fake_quant.default: _fake_quant(),
+        **dynamic_ranges(),
         torch.ops.aten.one_hot.default: _one_hot,
+    }
+
+
+def dynamic_ranges() -> dict[Any, Any]:
+    """The operators that find a tensor's range at run time, with their translations."""
+    kernels()
+    return {
+        torch.ops.pruna.dynamic_scale.default: _dynamic(DYNAMIC_SCALE, ("x",), "tensor(float)"),
+        torch.ops.pruna.dynamic_zero_point.default: _dynamic(
+            DYNAMIC_ZERO_POINT, ("x", "scale"), "tensor(int32)"
+        ),
     }
 
 
@@ -97,3 +111,34 @@ def _fake_quant() -> Any:
         )
 
     return fake_quant
+
+
+def _dynamic(name: str, inputs: tuple[str, ...], result: str) -> Any:
+    """A translation into one ONNX node, which goes when the FakeQuant that reads it is replaced."""
+    import onnx
+    import onnxscript
+
+    schema, parameter = onnx.defs.OpSchema, onnx.defs.OpSchema.FormalParameter
+    node = onnxscript.values.Op(
+        onnxscript.values.Opset(DOMAIN, 1),
+        name,
+        schema(
+            name,
+            DOMAIN,
+            1,
+            inputs=[parameter(own, "T") for own in inputs],
+            outputs=[parameter("y", "Y")],
+            type_constraints=[("T", ["tensor(float)"], ""), ("Y", [result], "")],
+            attributes=[
+                schema.Attribute(own, schema.AttrType.INT) for own in ("qmin", "qmax")
+            ],
+        ),
+    )
+
+    def scale(x: Any, qmin: int, qmax: int) -> Any:
+        return node(x, qmin=qmin, qmax=qmax)
+
+    def zero_point(x: Any, scale: Any, qmin: int, qmax: int) -> Any:
+        return node(x, scale, qmin=qmin, qmax=qmax)
+
+    return scale if len(inputs) == 1 else zero_point

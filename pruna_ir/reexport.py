@@ -20,7 +20,7 @@ from torch import fx
 from pruna_ir.decompose import decompose
 from pruna_ir.errors import LoweringError, UsageError
 from pruna_ir.program import DimRange, Program, TensorSpec, module_path
-from pruna_ir.stored_weights import with_stored_weights
+from pruna_ir.stored_weights import with_plain_ranges, with_stored_weights
 
 BATCH = "batch"
 
@@ -53,7 +53,7 @@ def reexport(
     [[4, 3]]
     """
     sizes = _fixed_sizes(program, fixed_batch, fixed or {})
-    flat = with_stored_weights(decompose(program, keep=keep))
+    flat = with_stored_weights(decompose(with_plain_ranges(program, keep), keep=keep))
     examples = example_inputs(program, sizes)
     shapes = tuple(
         {axis: torch.export.Dim.AUTO for axis, _ in _open_axes(spec, sizes)}

@@ -1,22 +1,29 @@
-"""Stored weights: what a fake-quant rounds is one constant, whatever views stand before it.
+"""Fake-quants as backends want them: constants to round, and constant grids.
 
     fake_quant(reshape(@W, [-1, 32]), @s, @z, 0, ...)   -->   fake_quant(@W', @s, @z, 0, ...)
 
 Weights quantised by blocks are seen as rows of blocks through views of the parameter. Backends
 want the rows themselves, in order to store them as integers: `with_stored_weights` evaluates what
 depends on constants alone. Readers behind the fake-quant stay as they are.
+
+    fake_quant(x, s, z)   -->   (clamp(round(x / s) + z) - z) * s       where s or z is computed
+
+No quantiser of a backend takes a computed grid (dynamic quantisation) but ONNX's; `with_plain_ranges`
+spells such a fake-quant out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import fx
 
-from pruna_ir.call import Call
+from pruna_ir.call import Call, bind_arguments
 from pruna_ir.program import Program, computed_nodes
 from pruna_ir.quantization import fake_quant_op
+from pruna_ir.registry import kernels
 from pruna_ir.transform import Context, Rewrite
 
 
@@ -32,6 +39,21 @@ def with_stored_weights(program: Program) -> Program:
             continue
         value = evaluated(rw.program, source)
         rw.update(node, x=rw.constant(value, stored_name(source), before=node))
+    return rw.finish()
+
+
+def with_plain_ranges(program: Program, keep: Collection[Any] = ()) -> Program:
+    """The program with plain arithmetic for every fake-quant whose scale or zero point is computed.
+
+    One whose scale an operator in ``keep`` computes stays.
+    """
+    kernel = kernels()[fake_quant_op()]
+    rw = Rewrite(program, "plain-ranges", Context())
+    for node in rw.calls(kernel.op):
+        bound = bind_arguments(node)
+        constant = all(bound[key].op == "get_attr" for key in ("scale", "zero_point"))
+        if not constant and bound["scale"].target not in keep:
+            rw.inline(node, kernel.reference, bound)
     return rw.finish()
 
 
