@@ -61,6 +61,7 @@ from pruna_ir.passes.quant_placement import (
     place,
     wanted_bits,
 )
+from pruna_ir.passes.quant_promises import Bypassed, OnGrid, WeightErrors
 from pruna_ir.passes.weight_ranges import weight_parameters
 from pruna_ir.program import Origin, computed_nodes, module_path
 from pruna_ir.quantization import Grid, QuantParameters, QuantScheme
@@ -149,7 +150,7 @@ class InsertFakeQuant(Pass):
         check_globs("exclude", self.exclude, list(candidates(rw.program)))
         rules = self._widths()
         rules.check(layers_of(rw.program))
-        _unfuse(rw, scheme)
+        spelt_out = _unfuse(rw, scheme)
         chosen = self._chosen(rw, scheme, rules)
         _note_float_parts(rw)
         layers = {node: width for node, width in chosen.items() if node.target in KINDS}
@@ -164,6 +165,8 @@ class InsertFakeQuant(Pass):
             _quantise_weight(rw, node, found)
         for node, width in layers.items():
             rw.applied(node, f"{layer_name(node)}: {width} for {target}")
+        self._assure(rw, plan, {n: scheme.weight.with_bits(layers[n].weight) for n in weights})
+        rw.assure(Bypassed(spelt_out))
         rw.set_attribute(QUANTIZED_FOR, target)
         rw.set_origin(Origin(rw.before, {}))
 
@@ -219,6 +222,22 @@ class InsertFakeQuant(Pass):
     def _excluded(self, node: fx.Node) -> str:
         hit = next((glob for glob in self.exclude if matches(node, glob)), None)
         return f"excluded by '{hit}'" if hit is not None else ""
+
+    def _assure(self, rw: Rewrite, plan: Placement, weights: Mapping[fx.Node, Grid]) -> None:
+        """State which grid everything that was inserted is on, and what rounding costs weights."""
+        grids: dict[str, set[Grid]] = {}
+        for readers in plan.readers.values():
+            for reader, bits in readers.items():
+                grid = plan.scheme.activation.with_bits(bits)
+                grids.setdefault(reader.name, set()).add(grid)
+        rw.assure(
+            OnGrid(
+                {node.name: grid for node, grid in weights.items()},
+                {name: frozenset(found) for name, found in grids.items()},
+                self.granularity == "channel",
+            )
+        )
+        rw.assure(WeightErrors(self.weights))
 
     # -- activations -----------------------------------------------------------------------
 

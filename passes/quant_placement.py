@@ -149,14 +149,21 @@ class Placement:
             if is_quantised(value) or not is_float(value):
                 continue
             sources = self._sources(value)
-            if not sources or self.scheme.repeat_behind_movers:
-                readers = self.readers.setdefault(value, {})
-                readers[reader] = max(bits, readers.get(reader, 0))
+            readers = self.readers.setdefault(value, {})
+            readers[reader] = max(bits, readers.get(reader, 0))
             if sources and self.carried.get(value, 0) < bits:
                 self.carried[value] = bits
                 for source, through in sources:
                     self.parent[self.root(value)] = self.root(source)
                     pending.append((source, through, bits))
+
+    def leave_to_movers(self) -> None:
+        """Drop the readers behind movers for which what the mover is given is fine enough."""
+        for value, carried in self.carried.items():
+            wishes = self.readers.pop(value)
+            narrower = {reader: bits for reader, bits in wishes.items() if bits < carried}
+            if narrower:
+                self.readers[value] = narrower
 
     def _bits_of(self, reader: fx.Node) -> int:
         """The bits that a node reads its input with: movers those of what reads their result."""
@@ -235,6 +242,8 @@ def place(
             _place_add(plan, node)
         elif is_average(plan, node) and scheme.average_pool:
             plan.want(_first(node), node)
+    if not scheme.repeat_behind_movers:
+        plan.leave_to_movers()
     return plan
 
 

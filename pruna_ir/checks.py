@@ -3,7 +3,8 @@
     EXACT     outputs bit-identical at the program's own precision
     ROUNDING  lifted to float64: relative difference <= 1e-9; at working precision: the error
               against float64 stays within a factor of the reference's own
-    BOUNDED   signal-to-quantisation-noise ratio of every output >= the pass's budget
+    BOUNDED   signal-to-quantisation-noise ratio of every output >= the pass's budget, and every
+              test that the pass stated besides (`Assurance`) holds
     ORACLE    lifted to float64, equal to the oracle that the pass stated, <= 1e-9
     FITTED    every test that the pass stated (`Assurance`) holds on the calibration data
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -46,11 +47,13 @@ class CheckReport:
         effect: the promise.
         measured: the worst figure over outputs and stimuli: a relative error, or dB for BOUNDED;
             for FITTED, that of the stated test which is nearest to its limit or furthest above.
+            Where a test that a BOUNDED pass stated fails, the figure is that test's.
         limit: what it was compared with.
         where: the stimulus and output of the worst figure, or the name of the stated test.
         passed: the verdict.
         rounding: for ROUNDING: the worst ratio of working-precision errors, new over old.
         gates: the gates of the program before the pass that were seen on one side only.
+        stated: whether the figure is that of a test which the pass stated.
         notes: which stimuli were set aside, and why; or why a difference may say little.
     """
 
@@ -62,10 +65,11 @@ class CheckReport:
     rounding: float = 0.0
     gates: Gates = field(default_factory=Gates)
     notes: tuple[str, ...] = ()
+    stated: bool = False
 
     def __str__(self) -> str:
-        unit = " dB" if self.effect is Effect.BOUNDED else ""
-        sign = ">=" if self.effect is Effect.BOUNDED else "<="
+        in_db = self.effect is Effect.BOUNDED and not self.stated
+        unit, sign = (" dB", ">=") if in_db else ("", "<=")
         verdict = "holds" if self.passed else "does not hold"
         return (
             f"{self.effect.value} {verdict}: {self.measured:.3g}{unit} "
@@ -86,7 +90,7 @@ def check(
     """Test a pass's promise on the program before and after it.
 
     ``exact`` is `PassResult.exact`: the unrounded values of the tensors that the pass computed;
-    ``assurances`` is `PassResult.assurances`: the tests that a FITTED pass stated.
+    ``assurances`` is `PassResult.assurances`: the tests that a FITTED or BOUNDED pass stated.
 
     With data in the context, its first batch is a stimulus as well, and for BOUNDED passes the
     only one: a quantised program promises nothing outside the range that it was calibrated for.
@@ -95,9 +99,12 @@ def check(
         VerificationError: an ORACLE pass stated no oracle, or a FITTED pass no test.
     """
     context = context or Context()
-    if pass_.effect is Effect.FITTED:
+    if pass_.effect in (Effect.FITTED, Effect.BOUNDED):
         found = [f for assurance in assurances for f in assurance(before, after, context)]
-        return _fitted(pass_, found)
+        if pass_.effect is Effect.FITTED:
+            return _fitted(pass_, found)
+        if not all(f.measured <= f.limit for f in found):
+            return replace(_fitted(pass_, found), effect=Effect.BOUNDED)
     inputs = _inputs(pass_.effect, before, context)
     if pass_.effect is Effect.EXACT:
         return _exact(before, after, inputs)
@@ -202,7 +209,9 @@ def _fitted(pass_: Pass, found: Sequence[Finding]) -> CheckReport:
         raise VerificationError(f"{pass_.name} did not state what holds of the result")
     worst = max(found, key=_excess)
     passed = all(f.measured <= f.limit for f in found)
-    return CheckReport(Effect.FITTED, worst.measured, worst.limit, worst.what, passed)
+    return CheckReport(
+        Effect.FITTED, worst.measured, worst.limit, worst.what, passed, stated=True
+    )
 
 
 def _excess(finding: Finding) -> float:

@@ -389,8 +389,11 @@ def test_the_promise_holds_for_every_kind_of_range(ranges: str) -> None:
     program, calibration = captured(Net(), 3, 15, 15), data(3, 15, 15)
     pass_ = InsertFakeQuant(target="onnx", ranges=ranges)
     context = Context(data=calibration)
-    after = apply(pass_, program, context).program
-    assert check(pass_, program, after, context=context).passed
+    result = apply(pass_, program, context)
+    report = check(
+        pass_, program, result.program, context=context, assurances=result.assurances
+    )
+    assert report.passed, report
 
 
 @pytest.mark.parametrize("factor", [256.0, 1 / 16])
