@@ -101,7 +101,7 @@ def aims(
 def _aim(
     layer: Layer, counterpart: Layer, lost: int, origin: Origin, residual: bool
 ) -> Aim | str:
-    if layer.node.target in TRANSPOSED and layer.groups > 1:
+    if lost and layer.node.target in TRANSPOSED and layer.groups > 1:
         return "it is a grouped transposed convolution"
     if why := why_no_shift(layer):
         return why
