@@ -30,8 +30,11 @@ NaN stays NaN; infinities saturate. A scale must be positive: whoever makes one 
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Iterator, Sequence
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,6 +76,18 @@ def fake_quant(
     tensor([0.0000, 0.0000, 1.0000, 1.5000])
     """
     _check(x, scale, zero_point, axis, qmin, qmax)
+    return fake_quantised(x, scale, zero_point, axis, qmin, qmax)
+
+
+def fake_quantised(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    axis: int | None,
+    qmin: int,
+    qmax: int,
+) -> torch.Tensor:
+    """What `fake_quant` computes, without its checks, its dispatch and its gradients."""
     if axis is None and _is_dense(x):
         return _whole_tensor(x, scale, zero_point, qmin, qmax)
     step, zero = _along(scale, axis, x), _along(zero_point, axis, x)
@@ -123,8 +138,10 @@ def _flat(x: torch.Tensor) -> torch.Tensor | None:
 def _chunks(*tensors: torch.Tensor) -> Iterator[Sequence[torch.Tensor]]:
     """The same pieces of dense tensors of one layout."""
     size = _CHUNK * torch.get_num_threads()
-    flat = [torch.split(found, size) for t in tensors if (found := _flat(t)) is not None]
-    return zip(*flat, strict=True)
+    flat = [found for t in tensors if (found := _flat(t)) is not None]
+    if tensors[0].numel() <= size:
+        return iter([flat])
+    return zip(*(torch.split(found, size) for found in flat), strict=True)
 
 
 def _check(
@@ -234,23 +251,46 @@ def fake_quant_gradients(
         rounding: count what rounding does to the scale's gradient, round(v) - v inside of the
             grid; without it only values outside count, as if 0 stood there.
     """
-    fast = axis is None and not torch.is_grad_enabled() and _is_dense(x, y, grad)
-    if fast:
+    fast = not torch.is_grad_enabled() and _is_dense(x, y, grad)
+    if fast and axis is None:
         return _whole_gradients(grad, x, y, scale, zero_point, qmin, qmax, wanted, rounding)
-    step, zero = _along(scale, axis, x), _along(zero_point, axis, x)
-    v, low, high = x.to(step.dtype) / step, qmin - zero, qmax - zero
-    outside = (v <= low) | (v >= high)
-    to_x = grad.masked_fill(outside, 0.0) if wanted[0] else None
+    step = _along(scale, axis, x)
+    v = x.to(step.dtype) / step
+    low: Any = qmin
+    high: Any = qmax
+    inside: Callable[[torch.Tensor], torch.Tensor]
+    if fast and not zero_point.any():
+        # One operator for the mask between two numbers; it is several times as fast.
+        inside = partial(_between, v=v, low=qmin, high=qmax)
+    else:
+        zero = _along(zero_point, axis, x)
+        low, high = qmin - zero, qmax - zero
+        inside = partial(_masked, outside=(v <= low) | (v >= high))
+    to_x = inside(grad) if wanted[0] else None
     if not wanted[1]:
         return to_x, None
-    levels = v.round().clamp(low, high)
-    slope = levels - (v if rounding else levels).masked_fill(outside, 0.0)
-    to_scale = (grad.to(step.dtype) * slope).to(scale.dtype)
+    levels = v.round().clamp_(low, high)
+    slope = levels - inside(v if rounding else levels)
+    return to_x, _summed(slope * grad.to(step.dtype), axis).to(scale.dtype)
+
+
+def _summed(product: torch.Tensor, axis: int | None) -> torch.Tensor:
+    """The sum over all dimensions but one."""
     if axis is None:
-        return to_x, to_scale.sum()
-    kept = axis % x.dim()
-    others = [dim for dim in range(x.dim()) if dim != kept]
-    return to_x, to_scale.sum(others) if others else to_scale
+        return product.sum()
+    others = [dim for dim in range(product.dim()) if dim != axis % product.dim()]
+    return product.sum(others) if others else product
+
+
+def _between(x: torch.Tensor, v: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """``x`` where ``low < v < high``, else 0: the gradient of a clamp."""
+    kept: torch.Tensor = _aten.hardtanh_backward(x, v, low, high)
+    return kept
+
+
+def _masked(x: torch.Tensor, outside: torch.Tensor) -> torch.Tensor:
+    """``x``, and 0 outside."""
+    return x.masked_fill(outside, 0.0)
 
 
 def _whole_gradients(
@@ -265,8 +305,8 @@ def _whole_gradients(
     rounding: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The gradients for one scale, chunk by chunk; hardtanh's is the mask between two edges."""
-    step, zero = scale.detach().to(x.dtype), int(zero_point)
-    low, high = _edge(step, qmin - zero, upper=False), _edge(step, qmax - zero, upper=True)
+    step, zero = float(scale), int(zero_point)
+    low, high = _edge(step, qmin - zero, x.dtype), _edge(step, qmax - zero, x.dtype)
     between = _aten.hardtanh_backward.grad_input
     to_x = torch.empty_like(x) if wanted[0] else None
     room = x.new_empty(min(x.numel(), _CHUNK * torch.get_num_threads()))
@@ -279,23 +319,42 @@ def _whole_gradients(
             between(value if rounding else result, value, low, high, grad_input=slope)
             torch.sub(result, slope, out=slope)
             total += float(torch.dot(g, slope))
-    to_scale = scale.new_tensor(total / float(step)) if wanted[1] else None
+    to_scale = scale.new_tensor(total / step) if wanted[1] else None
     return to_x, to_scale
 
 
-def _edge(step: torch.Tensor, level: int, *, upper: bool) -> float:
+def _edge(step: float, level: int, dtype: torch.dtype) -> float:
     """The value nearest to 0 whose quotient by ``step``, as it is rounded, reaches a level.
 
-    It is within a few units in the last place of their product.
+    It is within a few units in the last place of their product. A quotient of two float32 numbers
+    may be rounded to float64 on the way: that changes nothing.
     """
     if level == 0:
         return 0.0
-    bits = torch.int32 if step.dtype is torch.float32 else torch.int64
-    near = ((step * level).view(bits) + torch.arange(-4, 5, dtype=bits)).view(step.dtype)
-    reached = near[near / step >= level if upper else near / step <= level]
-    if not len(reached):
-        return math.inf if upper else -math.inf
-    return float(reached.min() if upper else reached.max())
+    single = dtype is torch.float32
+
+    def rounded(x: float) -> float:
+        return ctypes.c_float(x).value if single else x
+
+    def reaches(x: float) -> bool:
+        return abs(rounded(x / step)) >= abs(level)
+
+    edge = rounded(level * step)
+    while math.isfinite(edge) and not reaches(edge):
+        edge = _next(edge, math.copysign(math.inf, edge), single=single)
+    while math.isfinite(edge) and reaches(nearer := _next(edge, 0.0, single=single)):
+        edge = nearer
+    return edge
+
+
+def _next(x: float, towards: float, *, single: bool) -> float:
+    """The next number of the precision from ``x``, which is not 0."""
+    if not single:
+        return math.nextafter(x, towards)
+    bits: int = struct.unpack("<i", struct.pack("<f", x))[0]
+    bits += 1 if abs(towards) > abs(x) else -1
+    found: float = struct.unpack("<f", struct.pack("<i", bits))[0]
+    return found
 
 
 torch.library.register_autograd("pruna::fake_quant", _gradients, setup_context=_save)

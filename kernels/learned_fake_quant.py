@@ -1,6 +1,7 @@
 """fake_quant with more that can be learned: a zero point, or the clipping alone.
 
-The result is always `fake_quant`'s, bit for bit; only gradients are added.
+The result is always `fake_quant`'s, bit for bit; only gradients are added. It is called directly,
+not through the dispatcher, which saves a training loop tens of microseconds a call.
 
     offset    LSQ+ (Bhalgat et al., CVPR-W 2020, section 3.1) learns a real offset b in
               (x - b) / scale. Here zero_point = clamp(round(-b / scale), qmin, qmax), rounded with
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from pruna_ir.kernels.fake_quant import fake_quant, fake_quant_gradients
+from pruna_ir.kernels.fake_quant import fake_quant_gradients, fake_quantised
 
 
 def zero_point_of(
@@ -89,7 +90,7 @@ class _Learned(torch.autograd.Function):
         qmax: int,
         rounding: bool,
     ) -> torch.Tensor:
-        y: torch.Tensor = fake_quant(x, scale, zero_point, axis, qmin, qmax)
+        y = fake_quantised(x, scale, zero_point, axis, qmin, qmax)
         ctx.save_for_backward(x, y, scale, zero_point)
         ctx.axis, ctx.qmin, ctx.qmax, ctx.rounding = axis, qmin, qmax, rounding
         return y

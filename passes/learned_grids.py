@@ -100,10 +100,10 @@ class LearnedGrids:
         self.scales: dict[str, nn.Parameter] = {}
         self._offsets: dict[str, tuple[nn.Parameter, _Grid]] = {}
         self._floors: dict[str, Tensor] = {}
-        for grid in grids_of(program) if method != "fixed" else []:
-            if method == "pact" and not grid.activation:
-                continue
-            self._learn(program, grid, method)
+        for grid in grids_of(program):
+            learns = method != "fixed" and (grid.activation or method != "pact")
+            offset = self._learn(program, grid, method) if learns else ""
+            self._replace(grid, offset=offset, rounding=method != "pact")
         graph = module.graph
         graph.eliminate_dead_code()
         module.recompile()
@@ -113,7 +113,8 @@ class LearnedGrids:
         """Everything that learns."""
         return (*self.scales.values(), *(offset for offset, _ in self._offsets.values()))
 
-    def _learn(self, program: Program, grid: _Grid, method: Method) -> None:
+    def _learn(self, program: Program, grid: _Grid, method: Method) -> str:
+        """Make a scale a parameter; returns the name of the offset, where there is one."""
         scale, zero = program.tensor(grid.scale), program.tensor(grid.zero_point)
         qmin, qmax = grid.bounds
         level = torch.maximum(qmax - zero, zero - qmin).to(scale.dtype)
@@ -124,18 +125,17 @@ class LearnedGrids:
         # da = Q dscale, so that a step on a is one on the scale with 1 / Q^2 of its gradient.
         _scale_gradient(learned, level.square().reciprocal() if method == "pact" else factor)
         inside = bool(((zero > qmin) & (zero < qmax) & (zero != 0)).all())
-        if method == "lsq+" and grid.activation and inside:
-            name = f"{grid.scale}_offset"
-            offset = nn.Parameter(-zero.to(scale.dtype) * scale.detach())
-            _scale_gradient(offset, factor)
-            _register(self._module, name, offset)
-            self._offsets[grid.zero_point] = (offset, grid)
-            self._replace(grid, offset=name)
-        elif method == "pact":
-            self._replace(grid, rounding=False)
+        if not (method == "lsq+" and grid.activation and inside):
+            return ""
+        name = f"{grid.scale}_offset"
+        offset = nn.Parameter(-zero.to(scale.dtype) * scale.detach())
+        _scale_gradient(offset, factor)
+        _register(self._module, name, offset)
+        self._offsets[grid.zero_point] = (offset, grid)
+        return name
 
-    def _replace(self, grid: _Grid, *, offset: str = "", rounding: bool = True) -> None:
-        """Let the fake-quants of a grid be ones whose gradient is another."""
+    def _replace(self, grid: _Grid, *, offset: str, rounding: bool) -> None:
+        """Let the fake-quants of a grid have the gradients of the method."""
         names = {node.name for node in grid.nodes}
         for node in [n for n in self._module.graph.nodes if n.name in names]:
             bound = bind_arguments(node)

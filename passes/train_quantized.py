@@ -34,13 +34,14 @@ from torch import Tensor, fx
 
 from pruna_ir.data import DataSource, TensorData
 from pruna_ir.errors import PassError, UsageError, VerificationError
-from pruna_ir.fit import Group, Optimizer, Recipe, Samples, decay_groups, fit, samples_of
+from pruna_ir.fit import Group, Optimizer, Recipe, decay_groups, fit
 from pruna_ir.kernels.fake_quant import KERNEL as FAKE_QUANT
 from pruna_ir.losses import LossOptions, Objective, feature_nodes, return_features
 from pruna_ir.passes.learned_grids import LearnedGrids, Method, grids_of
 from pruna_ir.passes.promises import Untouched
 from pruna_ir.passes.quant_placement import KINDS
 from pruna_ir.program import Program
+from pruna_ir.samples import Samples, samples_of
 from pruna_ir.spec import print_pass
 from pruna_ir.training import trainable
 from pruna_ir.transform import (

@@ -169,7 +169,8 @@ def main() -> None:
     print(f"float            top-1 {reference:.2f} %", flush=True)
     w, a = arguments.bits
     start = quantised(program, load, arguments.target, (w, a), arguments.seed)
-    print(f"W{w}A{a}             top-1 {accuracy(start, load, arguments.images):.2f} %", flush=True)
+    before = accuracy(start, load, arguments.images)
+    print(f"W{w}A{a}             top-1 {before:.2f} %", flush=True)
     sys.exit(0 if run(arguments, start, load, reference) else 1)
 
 
