@@ -11,9 +11,10 @@ afterwards both are sqrt(r1_i r2_i), which maximises the precision that the chan
 (equation 10). In chains the pairs are visited in turn until nothing moves. Source: Nagel et al.,
 Data-Free Quantization Through Weight Equalization and Bias Correction, ICCV 2019, section 4.1.
 
-A channel of tiny weights and a large bias would get a huge activation; where the paper absorbs
-such biases into the next layer (section 4.1.3, which is not exact), here no channel is scaled up
-so far that its bias exceeds the largest one of its layer.
+A nearly dead channel, of tiny weights and a large bias, would get a huge activation. Where the
+paper absorbs such biases into the next layer (section 4.1.3, which is not exact), here a channel
+whose bias is 16 times as large in units of its weights as the layer's median is scaled up no
+further than to the largest bias of the others.
 
 Where weights have one scale per output channel, r1 does not matter for W1 itself: what is gained
 there is in W2, whose inputs get alike, and in the activation between. Quantise afterwards.
@@ -51,6 +52,8 @@ from pruna_ir.transform import Effect, Pass, Rewrite
 
 aten = torch.ops.aten
 
+_NEARLY_DEAD = 16.0
+"""From how many times the median ratio of bias to weights a channel counts as nearly dead."""
 _SETTLED = 1e-6
 """Factors nearer to 1 than this are rounding: they are not worth a change."""
 _SATURATING: dict[Any, str] = {
@@ -257,13 +260,14 @@ def _settled(pairs: list[Pair], sweeps: int) -> list[Tensor]:
     layers = {layer.node: layer for pair in pairs for layer in (pair.first, pair.second)}
     blocks = {node: layer.blocks(layer.tensor()) for node, layer in layers.items()}
     total = [torch.ones_like(of_outputs(blocks[pair.first.node])) for pair in pairs]
-    floors = [_floor(pair, factor) for pair, factor in zip(pairs, total, strict=True)]
+    biases = [_bias_sizes(pair, factor) for pair, factor in zip(pairs, total, strict=True)]
     for _ in range(sweeps):
         largest = 0.0
         for number, pair in enumerate(pairs):
             first, second = blocks[pair.first.node], blocks[pair.second.node]
             wanted = total[number] * _factor(first, second, pair.repeat)
-            wanted = torch.maximum(wanted, floors[number])
+            ratio = biases[number] / total[number] / of_outputs(first).clamp_min(1e-300)
+            wanted = torch.maximum(wanted, _floor(biases[number], ratio, wanted))
             step = wanted / total[number]
             largest = max(largest, float(step.log().abs().max()))
             total[number] = wanted
@@ -284,14 +288,28 @@ def _factor(first: Tensor, second: Tensor, repeat: int) -> Tensor:
     return torch.where(used, (torch.where(used, r1, one) / torch.where(used, r2, one)).sqrt(), one)
 
 
-def _floor(pair: Pair, like: Tensor) -> Tensor:
-    """The least factor that keeps each bias within the largest one of the layer."""
+def _bias_sizes(pair: Pair, like: Tensor) -> Tensor:
+    """The magnitude of the first layer's bias by channel, 0 where it has none."""
     bias = pair.bias()
     if bias is None:
         return torch.zeros_like(like)
-    sizes = pair.first.program.tensor(str(bias[0].target)).detach().double().abs()
-    largest = sizes.max()
-    return sizes.expand_as(like) / largest if largest > 0 else torch.zeros_like(like)
+    stored = pair.first.program.tensor(str(bias[0].target)).detach()
+    return stored.double().abs().expand_as(like)
+
+
+def _floor(biases: Tensor, ratio: Tensor, factor: Tensor) -> Tensor:
+    """The least factor of nearly dead channels, 0 for the others.
+
+    Args:
+        biases: the magnitude of each bias, before any factor.
+        ratio: that of each bias to its channel's weights, at present.
+        factor: the factors that are wanted.
+    """
+    dead = ratio > _NEARLY_DEAD * ratio.median()
+    if not bool(dead.any()) or not float(ratio.median()) > 0:
+        return torch.zeros_like(factor)
+    reach = (biases / factor)[~dead].max()
+    return torch.where(dead, (biases / reach).clamp(max=1.0), 0.0)
 
 
 def _scale_bias(rw: Rewrite, pair: Pair, factor: Tensor) -> None:
