@@ -7,10 +7,11 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pruna_ir.errors import PassError, UsageError
+from pruna_ir.passes.weight_ranges import weight_parameters
 from pruna_ir.quantization import (
     S8_ASYMMETRIC,
     S8_SYMMETRIC,
@@ -22,6 +23,7 @@ from pruna_ir.quantization import (
     QuantScheme,
     choose_parameters,
     describe,
+    fake_quant_op,
 )
 from tests.networks import conv_net
 from tests.quantised import quantised_net
@@ -162,6 +164,173 @@ def test_grids_know_their_storage() -> None:
 def test_weights_take_symmetric_grids_only() -> None:
     with pytest.raises(UsageError, match="symmetric"):
         QuantScheme(U8_ASYMMETRIC, weight=U8_ASYMMETRIC)
+
+
+# -- narrower grids ------------------------------------------------------------------------------
+
+
+@given(st.sampled_from([U8_ASYMMETRIC, S8_ASYMMETRIC, S8_SYMMETRIC, S8_WEIGHT]), st.integers(2, 8))
+def test_a_grid_with_other_bits_is_of_the_same_kind(grid: Grid, bits: int) -> None:
+    narrow = grid.with_bits(bits)
+    assert narrow.bits == bits
+    assert narrow.symmetric == grid.symmetric
+    assert (narrow.qmin == 0) == (grid.qmin == 0)
+    assert (narrow.qmin == -narrow.qmax) == (grid.qmin == -grid.qmax)
+    assert narrow.with_bits(grid.bits) == grid
+
+
+def test_a_grid_of_one_bit_is_refused_where_it_holds_nothing_but_zero() -> None:
+    with pytest.raises(UsageError, match="a grid"):
+        S8_WEIGHT.with_bits(1)
+
+
+# -- the operator, in exact arithmetic -----------------------------------------------------------
+
+
+def exact_level(x: float, scale: float, zero: int, grid: Grid) -> int:
+    """clamp(round(x / scale) + zero), ties to even, in rational numbers."""
+    if math.isinf(x):
+        return grid.qmax if x > 0 else grid.qmin
+    return min(max(round(Fraction(x) / Fraction(scale)) + zero, grid.qmin), grid.qmax)
+
+
+def from_a_tie(x: float, scale: float) -> float:
+    """How far x / scale is from a tie, relative to its size."""
+    ratio = Fraction(x) / Fraction(scale)
+    return float(abs(ratio - math.floor(ratio) - Fraction(1, 2)) / max(1, abs(ratio)))
+
+
+def operator(x: torch.Tensor, scale: float, zero: int, grid: Grid) -> list[int]:
+    """The integers behind what the operator gives."""
+    op = fake_quant_op()
+    step = torch.tensor(scale, dtype=torch.float32)
+    y = op(x, step, torch.tensor(zero, dtype=torch.int32), None, grid.qmin, grid.qmax)
+    levels = y.double() / step.double() + zero
+    assert (levels - levels.round()).abs().max() < 1e-3
+    return [int(level) for level in levels.round()]
+
+
+def zero_points(grid: Grid) -> st.SearchStrategy[int]:
+    return st.just(0) if grid.symmetric else st.integers(grid.qmin, grid.qmax)
+
+
+NARROW = [grid.with_bits(bits) for grid in (U8_ASYMMETRIC, S8_SYMMETRIC) for bits in (2, 3, 4)]
+all_grids = st.sampled_from([*GRIDS, *NARROW])
+
+
+@settings(max_examples=50, deadline=None)
+@given(all_grids.flatmap(lambda g: st.tuples(st.just(g), zero_points(g))), st.data())
+def test_the_operator_at_ties_and_powers_of_two_is_exact(chosen, draw) -> None:
+    """Multiples of half a step, far beyond the grid on both sides, at every power of two."""
+    grid, zero = chosen
+    exponent = draw.draw(st.integers(-126, 100))
+    halves = draw.draw(st.lists(st.integers(-1000, 1000), min_size=1, max_size=20))
+    x = torch.tensor([math.ldexp(n, exponent - 1) for n in halves], dtype=torch.float32)
+    scale = math.ldexp(1.0, exponent)
+    wanted = [exact_level(float(v), scale, zero, grid) for v in x]
+    assert operator(x, scale, zero, grid) == wanted
+    assert operator(x.double(), scale, zero, grid) == wanted
+    parameters = QuantParameters(
+        torch.tensor(scale), torch.tensor(zero, dtype=torch.int32), grid
+    )
+    assert parameters.integers(x).tolist() == wanted
+
+
+@settings(deadline=None)
+@given(
+    all_grids.flatmap(lambda g: st.tuples(st.just(g), zero_points(g))),
+    st.floats(SMALLEST_SCALE, 2.0**100, width=32),
+    st.lists(st.floats(-600, 600, width=32), min_size=1, max_size=20),
+)
+def test_the_operator_at_any_scale_errs_at_ties_alone(chosen, scale, steps) -> None:
+    grid, zero = chosen
+    x = torch.tensor([step * scale for step in steps], dtype=torch.float32)
+    for values, near in ((x, 2.0**-22), (x.double(), 2.0**-50)):
+        found = operator(values, scale, zero, grid)
+        for value, level in zip(values.tolist(), found, strict=True):
+            wanted = exact_level(value, scale, zero, grid)
+            assert level == wanted or (
+                abs(level - wanted) == 1 and from_a_tie(value, scale) <= near
+            )
+
+
+@pytest.mark.parametrize("grid", [*GRIDS, *NARROW], ids=str)
+def test_infinities_saturate_and_nan_stays(grid: Grid) -> None:
+    x = torch.tensor([math.inf, -math.inf, 3e38, -3e38])
+    assert operator(x, 0.5, 0, grid) == [grid.qmax, grid.qmin] * 2
+    nan = fake_quant_op()(
+        torch.tensor([math.nan, 0.0]), torch.tensor(0.5), torch.tensor(0, dtype=torch.int32),
+        None, grid.qmin, grid.qmax,
+    )  # fmt: skip
+    assert nan.isnan().tolist() == [True, False]
+
+
+@given(all_grids.flatmap(lambda g: st.tuples(st.just(g), zero_points(g))))
+def test_the_smallest_scale_divides_subnormals_right(chosen) -> None:
+    grid, zero = chosen
+    x = torch.tensor([0.0, 2.0**-149, 2.0**-127, 2.0**-126, -(2.0**-127) * 3, 2.0**-120])
+    wanted = [exact_level(float(v), SMALLEST_SCALE, zero, grid) for v in x]
+    parameters = QuantParameters(
+        torch.tensor(SMALLEST_SCALE), torch.tensor(zero, dtype=torch.int32), grid
+    )
+    assert parameters.integers(x).tolist() == wanted
+    assert operator(x.double(), SMALLEST_SCALE, zero, grid) == wanted
+
+
+# -- weights -------------------------------------------------------------------------------------
+
+
+weights = st.lists(
+    st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=3, max_size=3),
+    min_size=1, max_size=4,
+)  # fmt: skip
+weight_grids = st.integers(2, 8).map(S8_WEIGHT.with_bits)
+
+
+@settings(deadline=None)
+@given(weights, weight_grids, st.sampled_from([0, 1, None]))
+def test_weight_scales_are_the_largest_value_over_the_largest_integer(rows, grid, axis) -> None:
+    w = torch.tensor(rows, dtype=torch.float32)
+    chosen = weight_parameters(w, grid, axis, "w")
+    parts = [w] if axis is None else list(w.movedim(axis, 0))
+    scales = chosen.scale.reshape(-1).tolist()
+    assert len(scales) == len(parts)
+    for part, scale in zip(parts, scales, strict=True):
+        wanted = max(abs(Fraction(v)) for v in part.reshape(-1).tolist()) / grid.qmax
+        if wanted == 0:
+            assert scale == 1.0
+        elif wanted < Fraction(SMALLEST_SCALE):
+            assert scale == SMALLEST_SCALE
+        else:
+            assert abs(Fraction(scale) - wanted) <= wanted / 2**23
+        # No value is clipped: each is at most half a step, and the scale's rounding, away.
+        for value in part.reshape(-1).tolist():
+            level = exact_level(value, scale, 0, grid)
+            slack = Fraction(scale) * (Fraction(1, 2) + Fraction(grid.qmax, 2**22))
+            assert abs(level * Fraction(scale) - Fraction(value)) <= slack
+    assert chosen.integers(w).abs().max() <= grid.qmax
+
+
+@settings(max_examples=50, deadline=None)
+@given(weights, weight_grids, st.sampled_from([0, 1, None]))
+def test_weight_scales_by_error_are_never_worse(rows, grid, axis) -> None:
+    w = torch.tensor(rows, dtype=torch.float32)
+    errors = {}
+    for method in ("minmax", "mse"):
+        chosen = weight_parameters(w, grid, axis, "w", method)
+        error = (chosen.reals(chosen.integers(w)) - w.double()).square()
+        errors[method] = error.sum([d for d in range(2) if d != axis])
+    assert (errors["mse"] <= errors["minmax"] * (1 + 1e-12)).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("axis", [0, 1, None])
+@pytest.mark.parametrize("method", ["minmax", "mse"])
+def test_weights_of_nan_or_infinity_are_refused_by_name(bad, axis, method) -> None:
+    w = torch.ones(2, 3)
+    w[1, 2] = bad
+    with pytest.raises(PassError, match=r"block\.conv2\.weight: its range holds NaN or infinity"):
+        weight_parameters(w, S8_WEIGHT, axis, "block.conv2.weight", method)
 
 
 def test_describe_names_every_quantised_operand() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from pruna_ir.calibration import METHODS, Histogram
 from pruna_ir.call import Call
 from pruna_ir.capture import capture
 from pruna_ir.checks import check
-from pruna_ir.data import TensorData
+from pruna_ir.data import Batch, TensorData
 from pruna_ir.equivalence import sqnr_db
 from pruna_ir.errors import PassError, UsageError
 from pruna_ir.options import make_pass
@@ -32,7 +33,7 @@ from pruna_ir.quantization import (
 from pruna_ir.reexport import reexport
 from pruna_ir.registry import kernels
 from pruna_ir.spec import parse_pipeline, print_pass
-from pruna_ir.transform import Context, PassResult, apply
+from pruna_ir.transform import Context, PassResult, Rewrite, apply
 from pruna_ir.verify import verify
 
 aten = torch.ops.aten
@@ -542,6 +543,56 @@ def test_options_round_trip_through_pipeline_text() -> None:
 def test_without_data_it_says_how_to_give_some() -> None:
     with pytest.raises(UsageError, match=r"calibrates .* on data, and there is none; give"):
         apply(InsertFakeQuant(target="onnx"), captured(Net(), 3, 15, 15))
+
+
+class Counted:
+    """A data source that knows how many of its batches were read."""
+
+    def __init__(self, source: TensorData, length: int | None = None) -> None:
+        self.source, self.read = source, 0
+        self.length = len(source) if length is None else length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.source:
+            self.read += 1
+            yield batch
+
+
+def test_too_few_samples_are_refused_before_the_walk() -> None:
+    program, source = captured(Net(), 3, 15, 15), Counted(data(3, 15, 15))
+    with pytest.raises(UsageError, match=r"samples=49 were asked for, but .* at most 48; give m"):
+        quantised(program, source, samples=49)
+    assert source.read == 1
+    assert quantised(program, Counted(data(3, 15, 15)), samples=48).modified
+    # A source that promises more batches than it yields is found out behind the walk.
+    with pytest.raises(UsageError, match=r"samples=60 .* holds at most 48"):
+        quantised(program, Counted(data(3, 15, 15), length=4), samples=60)
+
+
+def test_an_empty_source_is_refused_before_the_walk() -> None:
+    source = Counted(data(3, 15, 15), length=0)
+    with pytest.raises(UsageError, match="the calibration data is empty; give at least one"):
+        quantised(captured(Net(), 3, 15, 15), source)
+    assert source.read == 0
+
+
+def test_infinite_weights_are_refused_before_the_walk() -> None:
+    program = captured(Net(), 3, 15, 15)
+    rw = Rewrite(program, "edit", Context())
+    rw.set_tensor("head.weight", torch.full((5, 6), float("inf")))
+    source = Counted(data(3, 15, 15))
+    with pytest.raises(PassError, match=r"head\.weight: its range holds NaN or infinity"):
+        quantised(rw.finish(), source)
+    assert source.read == 0
+
+
+@pytest.mark.parametrize("wrong", [{"samples": 0}, {"percentile": 50.0}, {"ends": "w9a8"}])
+def test_impossible_options_are_refused_when_the_pass_is_made(wrong: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        InsertFakeQuant(**wrong)
 
 
 def test_without_a_target_it_says_how_to_give_one() -> None:
