@@ -28,22 +28,23 @@ _VIEWS = ("Reshape", "Transpose")
 _SLICE = "Slice"
 
 
-def compress_products(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> int:
+def compress_products(model: Any, shapes: Mapping[str, tuple[int, int]]) -> int:
     """Give every weight-only product of a model its compressed form; returns how many.
 
     Args:
         model: changed in place.
-        shapes: the shape of the second operand of products, by name: OpenVINO lets a reshape in
-            front of a product follow the other operand's size, which may be open.
+        shapes: the inputs and outputs of products with a matrix, by name: OpenVINO lets a reshape
+            in front of a product follow the other operand's size, which may be open.
     """
     count = 0
     for op in model.get_ordered_ops():
         if op.get_type_name() != "MatMul" or _is_quantised(op.input_value(0)):
             continue
-        found = _integers(op.input_value(1), shapes.get(op.get_friendly_name()))
+        turned = op.get_attributes()["transpose_b"]
+        shape = shapes.get(op.get_friendly_name())
+        found = _integers(op.input_value(1), shape[::-1] if shape and turned else shape)
         if found is None or any(value.ndim != 2 for value in found):
             continue
-        turned = op.get_attributes()["transpose_b"]
         weight = blocked(*(found if turned else [value.T for value in found]))
         _replace(op, weight)
         count += 1
@@ -68,9 +69,11 @@ def _integers(output: Any, shape: tuple[int, ...] | None = None) -> list[Array] 
     if node.get_type_name() == _SLICE:
         return _sliced(node)
     if node.get_type_name() in _VIEWS:
-        found, how = _integers(node.input_value(0)), _constant(node.input_value(1))
+        how = _constant(node.input_value(1))
         if node.get_type_name() == "Transpose":
+            found = _integers(node.input_value(0), shape[::-1] if shape else None)
             return None if found is None or how is None else [v.transpose(how) for v in found]
+        found = _integers(node.input_value(0))
         wanted = shape if how is None else tuple(how.tolist())
         if found is None or wanted is None or 0 in wanted:
             return None
@@ -121,7 +124,7 @@ def _compressed(weight: BlockedWeight) -> Any:
         value = ops.subtract(value, ops.convert(zero, "f32"))
     value = ops.multiply(value, ops.constant(weight.scale.reshape(along)))
     if not whole:
-        value = ops.reshape(value, ops.constant(np.array([outputs, inputs])), False)
+        value = ops.reshape(value, ops.constant(np.array([outputs, inputs])), special_zero=False)
     return value.output(0)
 
 
@@ -148,6 +151,6 @@ def _replace(matmul: Any, weight: BlockedWeight) -> None:
         widths = [0] * value.get_partial_shape().rank.get_length()
         widths[-2 if first else -1] = short
         value = ops.pad(value, np.zeros_like(widths), np.array(widths), "constant", 0.0)
-    new = ops.matmul(value, _compressed(weight.padded()), first, True)
+    new = ops.matmul(value, _compressed(weight.padded()), first, transpose_b=True)
     new.set_friendly_name(matmul.get_friendly_name())
     matmul.output(0).replace(new.output(0))

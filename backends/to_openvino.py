@@ -230,7 +230,7 @@ class OpenvinoRunner:
         return rows
 
 
-_COMPRESSED = {"i4": "int4 weights", "u4": "int4 weights", "i8": "int8 weights", "u8": "int8 weights"}
+_COMPRESSED = {f"{sign}{bits}": f"int{bits} weights" for sign in "iu" for bits in (4, 8)}
 
 
 def _weight_only(op: Any) -> str:
@@ -271,15 +271,15 @@ def convert(program: Program) -> Any:
     return model
 
 
-def _matrices(program: Program) -> dict[str, tuple[int, ...]]:
-    """The shape of the second operand of every linear and addmm, by the name of its product."""
+def _matrices(program: Program) -> dict[str, tuple[int, int]]:
+    """The inputs and outputs of every product with a matrix, by the product's name."""
     found = {}
     for node in program.calls():
         weight = _WEIGHTS.get(str(node.target))
-        value = bind_arguments(node)[weight].meta["val"] if weight else None
-        if value is not None and all(isinstance(size, int) for size in value.shape):
+        shape = tuple(bind_arguments(node)[weight].meta["val"].shape) if weight else ()
+        if len(shape) == 2 and all(isinstance(size, int) for size in shape):
             path = "/".join(part for part in (module_path(node), node.name, "MatMul") if part)
-            found[path] = tuple(value.shape)
+            found[path] = (shape[1], shape[0]) if weight == "weight" else (shape[0], shape[1])
     return found
 
 

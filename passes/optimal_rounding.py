@@ -33,7 +33,8 @@ _LAZY = 128
 def rounded(weight: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -> Tensor:
     """The nearest grid values of a matrix, ties to even; all tensors of one shape, float64."""
     levels = (torch.round(weight / scale) + zero).clamp_(low, high)
-    return levels.sub_(zero).mul_(scale)
+    found: Tensor = levels.sub_(zero).mul_(scale)
+    return found
 
 
 def errors(weight: Tensor, found: Tensor, gram: Tensor) -> Tensor:

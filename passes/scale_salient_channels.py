@@ -154,7 +154,8 @@ class ScaleSalientChannels(Pass):
             rw.note(group.source, "no scale lessens the error of the rounded products")
             return
         for layer in group.layers:
-            scaled = layer.unblocked(scale_inputs(layer.blocks(layer.tensor()), best), layer.tensor())
+            old = _unrounded(rw, layer.weight)
+            scaled = layer.unblocked(scale_inputs(layer.blocks(old), best), old)
             rw.redirect(layer.node, {layer.weight: rw.derive(layer.weight, scaled, layer.node)})
         group.carrier.divide(rw, best)
         names = ", ".join(layer_name(layer.node) for layer in group.layers)
@@ -217,13 +218,19 @@ class Carrier:
         vectors = [bind_arguments(self.node)[name] for name in self.names]
         if not self.names:
             layer = Scalable(self.program, self.node)
-            old = layer.tensor()
+            old = _unrounded(rw, layer.weight)
             new = layer.unblocked(scale_outputs(layer.blocks(old), 1 / scale), old)
             rw.redirect(self.node, {layer.weight: rw.derive(layer.weight, new, self.node)})
             vectors = [] if layer.bias is None else [layer.bias]
         for source in vectors:
-            divided = rw.program.tensor(str(source.target)).detach().double() / scale
+            divided = _unrounded(rw, source) / scale
             rw.redirect(self.node, {source: rw.derive(source, divided, self.node)})
+
+
+def _unrounded(rw: Rewrite, source: fx.Node) -> Tensor:
+    """A stored tensor in float64: unrounded where another group has scaled it before."""
+    name = str(source.target)
+    return rw.exact.get(name, rw.program.tensor(name).detach()).double()
 
 
 @dataclass(frozen=True)
@@ -306,7 +313,8 @@ def _factor(program: Program, node: fx.Node) -> Carrier | str:
     channels = (shape_of(node) or (None,))[-1]
     for name in ("self", "other"):
         factor = bound[name]
-        if isinstance(factor, fx.Node) and factor.op == "get_attr" and shape_of(factor) == (channels,):
+        stored = isinstance(factor, fx.Node) and factor.op == "get_attr"
+        if stored and shape_of(factor) == (channels,):
             return Carrier(program, node, (name,))
     for name in ("other", "self"):
         factor = bound[name]

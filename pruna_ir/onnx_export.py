@@ -282,10 +282,10 @@ def _lower_fake_quants(graph: _Graph, int8_weights: bool) -> None:
 
 def _is_dynamic(node: Any, makers: Mapping[str, Any]) -> bool:
     """Whether a FakeQuant rounds a tensor to 8 unsigned bits by the tensor's own range."""
-    found = [makers.get(name) for name in node.input[1:3]]
+    found = [makers[name] for name in node.input[1:3] if name in makers]
     attributes = {a.name: a.i for a in node.attribute}
     return (
-        [getattr(maker, "op_type", "") for maker in found] == [DYNAMIC_SCALE, DYNAMIC_ZERO_POINT]
+        [maker.op_type for maker in found] == [DYNAMIC_SCALE, DYNAMIC_ZERO_POINT]
         and all(maker.input[0] == node.input[0] for maker in found)
         and (attributes["qmin"], attributes["qmax"]) == (0, 255)
     )

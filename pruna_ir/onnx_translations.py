@@ -114,7 +114,7 @@ def _fake_quant() -> Any:
 
 
 def _dynamic(name: str, inputs: tuple[str, ...], result: str) -> Any:
-    """A translation into one ONNX node, which goes when the FakeQuant that reads it is replaced."""
+    """A translation into one ONNX node; it goes when the FakeQuant that reads it is replaced."""
     import onnx
     import onnxscript
 

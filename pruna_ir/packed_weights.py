@@ -41,8 +41,9 @@ class BlockedWeight:
     def bits(self) -> int:
         """4 where every integer and zero point fits into 4 bits of its signedness, else 8."""
         low, high = (-8, 7) if self.integers.dtype == np.int8 else (0, 15)
-        values = (self.integers, self.zero_point)
-        return 4 if all(v.min(initial=0) >= low and v.max(initial=0) <= high for v in values) else 8
+        least = min(self.integers.min(initial=0), self.zero_point.min(initial=0))
+        most = max(self.integers.max(initial=0), self.zero_point.max(initial=0))
+        return 4 if low <= least and most <= high else 8
 
     def repeated(self, block: int) -> BlockedWeight:
         """The same weight with other blocks, of a size that divides the present one's.

@@ -8,8 +8,8 @@ depends on constants alone. Readers behind the fake-quant stay as they are.
 
     fake_quant(x, s, z)   -->   (clamp(round(x / s) + z) - z) * s       where s or z is computed
 
-No quantiser of a backend takes a computed grid (dynamic quantisation) but ONNX's; `with_plain_ranges`
-spells such a fake-quant out.
+Of all backends only ONNX has a quantiser that computes its grid (dynamic quantisation);
+`with_plain_ranges` spells such a fake-quant out for the others.
 """
 
 from __future__ import annotations
@@ -43,16 +43,17 @@ def with_stored_weights(program: Program) -> Program:
 
 
 def with_plain_ranges(program: Program, keep: Collection[Any] = ()) -> Program:
-    """The program with plain arithmetic for every fake-quant whose scale or zero point is computed.
+    """The program with plain arithmetic for every fake-quant whose grid depends on an input.
 
     One whose scale an operator in ``keep`` computes stays.
     """
     kernel = kernels()[fake_quant_op()]
     rw = Rewrite(program, "plain-ranges", Context())
+    computed = computed_nodes(rw.program)
     for node in rw.calls(kernel.op):
         bound = bind_arguments(node)
-        constant = all(bound[key].op == "get_attr" for key in ("scale", "zero_point"))
-        if not constant and bound["scale"].target not in keep:
+        depends = any(bound[key] in computed for key in ("scale", "zero_point"))
+        if depends and bound["scale"].target not in keep:
             rw.inline(node, kernel.reference, bound)
     return rw.finish()
 
