@@ -1,4 +1,13 @@
-"""Attention as ``torch.onnx`` takes it: four dimensions, and a result of no special layout.
+"""Attention spelt out so that ONNX Runtime recognises it.
+
+    attention(q, k, v, mask)  -->  softmax(q @ transpose(k, -2, -1) * scale + mask) @ v
+
+``torch.onnx`` spells it out too, but finds the order of the key's dimensions at run time, by
+shape arithmetic and two reshapes, and scales query and key apart: ONNX Runtime neither fuses that
+transpose into its product nor leaves it out. As there, rows that a mask hides wholly give zeros.
+
+Causal attention, dropout, queries that share keys and sizes unknown at export are left to
+``torch.onnx``, in the form that it takes: four dimensions, and a result of no special layout.
 
     q, k, v [batch, *heads, tokens, size]
       -->
@@ -14,6 +23,7 @@ other, so its result is made contiguous (an Identity in ONNX, which is optimised
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,9 +47,37 @@ def with_plain_attention(program: Program) -> Program:
     for node in rw.calls(_ATTENTION):
         arguments = bind_arguments(node)
         _make_contiguous(rw, node)
-        if not _fits(arguments):
+        if _is_plain(arguments):
+            rw.inline(node, _spelt_out, arguments)
+        elif not _fits(arguments):
             _merge_heads(rw, node, arguments)
     return rw.finish()
+
+
+def _is_plain(arguments: dict[str, Any]) -> bool:
+    """Whether it is one softmax over all keys of every query's own head."""
+    shape = shape_of(arguments["query"]) or ()
+    special = arguments["is_causal"] or arguments["dropout_p"] or arguments["enable_gqa"]
+    return not special and len(shape) > 1 and isinstance(shape[-1], int)
+
+
+def _spelt_out(
+    query: Any, key: Any, value: Any, attn_mask: Any, scale: float | None, **_: Any
+) -> Any:
+    size = query.node.meta["val"].shape[-1]
+    factor = 1.0 / math.sqrt(size) if scale is None else scale
+    scores = aten.matmul.default(query, aten.transpose.int(key, -2, -1))
+    scores = aten.mul.Tensor(scores, factor)
+    if attn_mask is None:
+        return aten.matmul.default(aten.softmax.int(scores, -1), value)
+    if attn_mask.node.meta["val"].dtype is torch.bool:
+        hidden = aten.logical_not.default(attn_mask)
+        scores = aten.masked_fill.Scalar(scores, hidden, -math.inf)
+    else:
+        scores = aten.add.Tensor(scores, attn_mask)
+    shares = aten.softmax.int(scores, -1)
+    shares = aten.masked_fill.Scalar(shares, aten.isnan.default(shares), 0.0)
+    return aten.matmul.default(shares, value)
 
 
 def _make_contiguous(rw: Rewrite, node: fx.Node) -> None:

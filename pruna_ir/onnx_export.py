@@ -34,6 +34,7 @@ import torch
 
 from pruna_ir.errors import LoweringError
 from pruna_ir.onnx_attention import with_plain_attention
+from pruna_ir.onnx_projections import with_split_projections
 from pruna_ir.onnx_splits import with_plain_splits
 from pruna_ir.onnx_translations import (
     DOMAIN,
@@ -101,7 +102,7 @@ def module_scopes(node: Any) -> list[str]:
 
 
 def _translate(program: Program, opset: int) -> Any:
-    plain = with_plain_splits(with_plain_attention(program))
+    plain = with_split_projections(with_plain_splits(with_plain_attention(program)))
     exported = reexport(plain, keep=dynamic_ranges())
     try:
         result = torch.onnx.export(

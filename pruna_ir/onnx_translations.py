@@ -3,13 +3,16 @@
     pruna.fake_quant(x, s, z, ...)   -->   pruna::FakeQuant(x, s, z), replaced after the export
     pruna.dynamic_scale, dynamic_zero_point   -->   pruna::DynamicScale, DynamicZeroPoint; likewise
     aten.one_hot(x, n)               -->   OneHot(x, n, [0, 1])
+    aten.gelu(x)                     -->   x * (Erf(x / sqrt(2)) + 1) * 0.5, in this order
 
+ONNX Runtime has a kernel for GELU and recognises it by this order; ``torch.onnx`` takes another.
 ``OneHot`` counts negative classes from the end, where PyTorch raises; both are outside what the
 program may be given.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -30,6 +33,7 @@ def translations() -> dict[Any, Any]:
         torch.ops.pruna.fake_quant.default: _fake_quant(),
         **dynamic_ranges(),
         torch.ops.aten.one_hot.default: _one_hot,
+        torch.ops.aten.gelu.default: _gelu,
     }
 
 
@@ -70,6 +74,21 @@ def _one_hot(self: Any, num_classes: int) -> Any:
         raise LoweringError("one_hot takes its number of classes from the data; state num_classes")
     depth, values = op.Constant(value_int=num_classes), op.Constant(value_ints=[0, 1])
     return op.OneHot(self, depth, values, axis=-1)
+
+
+def _gelu(self: Any, approximate: str = "none") -> Any:
+    """``aten.gelu``, exactly or by the hyperbolic tangent (Hendrycks and Gimpel, 2016)."""
+    from onnxscript import opset18 as op
+
+    def number(value: float) -> Any:
+        return op.CastLike(op.Constant(value_float=value), self)
+
+    if approximate == "tanh":
+        cube = op.Mul(op.Pow(self, number(3.0)), number(0.044715))
+        inner = op.Mul(op.Add(self, cube), number(math.sqrt(2.0 / math.pi)))
+        return op.Mul(op.Mul(self, number(0.5)), op.Add(op.Tanh(inner), number(1.0)))
+    factor = op.Erf(op.Div(self, number(math.sqrt(2.0))))
+    return op.Mul(op.Mul(self, op.Add(factor, number(1.0))), number(0.5))
 
 
 def _fake_quant() -> Any:
