@@ -25,6 +25,8 @@ from torch import Tensor
 
 _ZETA, _GAMMA = 1.1, -0.1
 _BETA = (20.0, 2.0)
+_CHUNK = 1 << 22
+"""Elements of the inputs that are held in float64 at a time."""
 _WARM_UP = 0.2
 """The share of the iterations that run without the regulariser."""
 
@@ -35,7 +37,7 @@ class Training:
 
     Attributes:
         iterations: the number of steps of Adam.
-        batch: the positions of each step, drawn at random.
+        batch: the positions of each step, drawn at random; all where there are no more.
         rate: the learning rate.
         strength: the lambda above.
     """
@@ -43,7 +45,7 @@ class Training:
     iterations: int = 1000
     batch: int = 2048
     rate: float = 0.01
-    strength: float = 0.1
+    strength: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -129,12 +131,10 @@ def learn_rounding(
     v = inverse(fraction).detach().requires_grad_()
     optimiser = torch.optim.Adam([v], lr=training.rate)
     unit = _unit(problem)
-    positions = problem.x.shape[1]
     warm = int(_WARM_UP * training.iterations)
     for iteration in range(training.iterations):
-        chosen = torch.randint(positions, (min(training.batch, positions),), generator=generator)
         h = rectified_sigmoid(v)
-        loss = (_error(problem, floor + h, chosen.to(v.device)) / unit).sum()
+        loss = (_error(problem, floor + h, training.batch, generator) / unit).sum()
         if iteration >= warm:
             done = (iteration - warm) / max(training.iterations - warm, 1)
             loss = loss + training.strength * regulariser(h, annealed(done))
@@ -150,15 +150,60 @@ def nearest(problem: Problem) -> Tensor:
     return _clipped(problem, problem.weight.round())
 
 
+def refined(problem: Problem, levels: Tensor) -> Tensor:
+    """A rounding from which no change of a single weight lowers the squared error.
+
+    From the given one, the weight of each output whose other rounding lowers the error of the
+    linear map (without the activation) most is changed, again and again. With H = X^T X and g the
+    gradient of an output's error, changing weight i by d costs 2 d g_i + d^2 H_ii, and g moves by
+    d H_i: no position is looked at twice.
+    """
+    floor = problem.weight.floor()
+    ends = _clipped(problem, floor), _clipped(problem, torch.ceil(problem.weight))
+    step = problem.step.double().expand_as(problem.weight)
+    squares, slope = _moments(problem, levels.double() * step)
+    diagonal = squares.diagonal(dim1=-2, dim2=-1)[:, None]
+    found = levels.double()
+    for _ in range(2 * problem.weight.shape[-1]):
+        move = (ends[0] + ends[1] - found) - found
+        cost = 2.0 * move * step * slope + (move * step).square() * diagonal
+        least, index = cost.min(-1, keepdim=True)
+        better = least < -1e-9 * (slope * move * step).abs().amax(-1, keepdim=True)
+        if not bool(better.any()):
+            break
+        change = torch.where(better, move.gather(-1, index), 0.0)
+        found = found.scatter_add(-1, index, change)
+        size = change * step.gather(-1, index)
+        groups = torch.arange(len(index), device=index.device)[:, None]
+        slope += size * squares[groups, index[..., 0]]
+    return found.to(levels.dtype)
+
+
+def _moments(problem: Problem, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """X^T X [groups, inputs, inputs] and E^T X [groups, outputs, inputs] of the errors E."""
+    squares, slope = torch.zeros(2, 1, 1, 1, dtype=torch.float64, device=weight.device)
+    rows = max(1, _CHUNK // max(1, problem.x[:, :1].numel()))
+    pairs = zip(torch.split(problem.x, rows, 1), torch.split(problem.y, rows, 1), strict=True)
+    for x, y in pairs:
+        part = x.double()
+        error = torch.baddbmm(problem.bias.double(), part, weight.mT) - y
+        squares = squares + part.mT @ part
+        slope = slope + error.mT @ part
+    return squares, slope
+
+
 def _clipped(problem: Problem, levels: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(levels, problem.low), problem.high)
 
 
-def _error(problem: Problem, levels: Tensor, chosen: Tensor) -> Tensor:
-    """The mean squared error of each output at the chosen positions, [groups, outputs]."""
+def _error(problem: Problem, levels: Tensor, batch: int, generator: torch.Generator) -> Tensor:
+    """The mean squared error of each output at some positions, [groups, outputs]."""
+    x, wanted, positions = problem.x, problem.y, problem.x.shape[1]
+    if batch < positions:
+        chosen = torch.randint(positions, (batch,), generator=generator).to(x.device)
+        x, wanted = x[:, chosen], wanted[:, chosen]
     weight = _clipped(problem, levels) * problem.step
-    made = torch.baddbmm(problem.bias, problem.x[:, chosen], weight.mT)
-    wanted = problem.y[:, chosen]
+    made = torch.baddbmm(problem.bias, x, weight.mT)
     return (problem.activated(made) - problem.activated(wanted)).square().mean(1)
 
 

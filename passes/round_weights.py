@@ -12,9 +12,11 @@ behind the layers that are rounded already, and f the ReLU (or clip) that alone 
 Source: Nagel et al., Up or Down? Adaptive Rounding for Post-Training Quantization, ICML 2020,
 equations (21) to (25) (see `learned_rounding`).
 
-What is learned is stored as a weight that lies on the grid, so that the fake-quant in front of the
-layer hands it on unchanged; scales stay as they are. An output channel for which the learned
-rounding is not better than the nearest one over *all* calibration data keeps the latter.
+What is learned is a local minimum. From there, and from rounding to nearest, single weights are
+changed as long as that lowers the squared error before f (`learned_rounding.refined`). Each output
+channel takes what has the least error behind f over *all* calibration data, which may be rounding
+to nearest. It is stored as a weight that lies on the grid, so that the fake-quant in front of the
+layer hands it on unchanged; scales stay as they are.
 
 Promise (checked): the fake-quant of every rounded weight is that weight, bit for bit; each weight
 was within the grid moved by less than one step; over the calibration data no layer's output is
@@ -24,7 +26,7 @@ changed.
 Limits: layers are fitted on their own, so that what follows a residual addition is not seen. The
 float program must have the layer too, by name. Transposed convolutions and convolutions that are
 fused with their activation are left alone, with a remark. Memory: the activations at one place of
-both programs over all data (see `layer_inputs`) and the patches of one layer, 1 GiB at most. Run
+both programs over all data (see `layer_inputs`) and the patches of one layer, 256 MiB at most. Run
 correct-bias after this pass rather than before: it takes back what rounding leaves of the means.
 """
 
@@ -41,7 +43,13 @@ from pruna_ir.errors import UsageError
 from pruna_ir.kernels.conv_act import KERNEL as CONV_ACT
 from pruna_ir.kernels.fake_quant import KERNEL as FAKE_QUANT
 from pruna_ir.passes.layer_inputs import Frontier, calibration_inputs, origin_of
-from pruna_ir.passes.learned_rounding import Problem, Training, learn_rounding
+from pruna_ir.passes.learned_rounding import (
+    Problem,
+    Training,
+    learn_rounding,
+    nearest,
+    refined,
+)
 from pruna_ir.passes.least_squares import enough
 from pruna_ir.passes.linear_layers import stored
 from pruna_ir.passes.promises import Untouched
@@ -49,7 +57,7 @@ from pruna_ir.passes.rounding_promises import NoWorse, OnGrid
 from pruna_ir.passes.weight_grids import Rounded, activation_behind, rounded_layers
 from pruna_ir.transform import Effect, Pass, Rewrite
 
-_MOST = 1 << 28
+_MOST = 1 << 26
 """The largest number of patch elements that are gathered for a layer."""
 
 
@@ -96,7 +104,7 @@ class RoundWeights(Pass):
     batch: int = 2048
     positions: int = 64
     rate: float = 0.01
-    regularisation: float = 0.1
+    regularisation: float = 1.0
     activations: bool = True
 
     def __post_init__(self) -> None:
@@ -194,15 +202,18 @@ class _Layer:
         training = Training(
             options.iterations, options.batch, options.rate, options.regularisation
         )
-        levels = learn_rounding(problem, training, generator, tick)
-        learned, nearest = layer.on_grid(levels), layer.nearest()
-        errors = [self._errors(weight) for weight in (learned, nearest)]
-        if not all(bool(torch.isfinite(e).all()) for e in errors):
+        best = layer.nearest()
+        least = plain = self._errors(best)
+        if not bool(torch.isfinite(plain).all()):
             raise self._rw.error(layer.node, "the calibration data drives it to inf or NaN")
-        better = errors[0] < errors[1]
-        kept = torch.where(better, errors[0], errors[1])
-        total = float(errors[1].sum())
-        return layer.choose(better, learned, nearest), float(kept.sum()) / total if total else 1.0
+        learned = learn_rounding(problem, training, generator, tick)
+        for levels in (learned, refined(problem, learned), refined(problem, nearest(problem))):
+            weight = layer.on_grid(levels)
+            errors = self._errors(weight)
+            best = layer.choose(errors < least, weight, best)
+            least = torch.minimum(errors, least)
+        total = float(plain.sum())
+        return best, float(least.sum()) / total if total else 1.0
 
     def _problem(self, samples: int) -> Problem:
         layer, options = self._layer, self._options
