@@ -95,6 +95,8 @@ class InsertFakeQuant(Pass):
             colon, for those that the glob names: ``[w4a8, "head:float"]``; later ones win.
         ends: the width of the layers before and after which there is no other, such as ``w8a8``;
             entries of ``bits`` with a glob win over it.
+        products: quantise products of two activations, such as those of attention that
+            spell-out-attention leaves; by default where the target gains from it.
         samples: how many samples of the data to calibrate on, which must be there; by default up
             to 128.
         exclude: globs over module paths or operators whose layers stay float, such as ``head``,
@@ -119,6 +121,7 @@ class InsertFakeQuant(Pass):
     activations: Literal["target", "symmetric", "asymmetric"] = "target"
     bits: tuple[str, ...] = ()
     ends: str = ""
+    products: bool | None = None
     samples: int | None = None
     exclude: tuple[str, ...] = ()
     sqnr_db: float | None = None
@@ -184,8 +187,10 @@ class InsertFakeQuant(Pass):
         )
 
     def _scheme(self, target: str) -> QuantScheme:
-        """The target's scheme, with activations on the grid that was asked for."""
+        """The target's scheme, with what the options change of it."""
         scheme = _scheme(target)
+        if self.products is not None:
+            scheme = replace(scheme, attention=self.products)
         own = scheme.activation
         if self.activations == "target" or (self.activations == "symmetric") == own.symmetric:
             return scheme
@@ -370,7 +375,11 @@ def _unquantisable(
 def _note_float_parts(rw: Rewrite) -> None:
     """Say which parts around the layers stay float by design, or stand in the way of speed."""
     for node in rw.calls(*ATTENTION):
-        rw.skip(node, "scaled_dot_product_attention stays float; its projections are quantised")
+        rw.skip(
+            node,
+            "fused attention stays float, its projections are quantised; to quantise its products "
+            "run spell-out-attention first, with products=true",
+        )
     for node in rw.calls(aten.embedding.default):
         rw.skip(node, "embedding tables stay float")
     for node in rw.calls(aten.batch_norm.default):
