@@ -11,6 +11,7 @@ from pruna_ir.data import TensorData
 from pruna_ir.errors import UsageError
 from pruna_ir.passes.layer_inputs import Frontier, batches_of, observed
 from tests.networks import conv_net
+from tests.quantised import quantised_net
 
 
 def test_it_yields_what_the_program_computes():
@@ -51,3 +52,18 @@ def test_a_tensor_is_read_when_its_reader_runs():
 def test_data_that_does_not_fit_is_refused():
     with pytest.raises(UsageError, match="dimension 1 must be 3"):
         batches_of(conv_net(), TensorData((torch.randn(2, 4, 9, 9),)))
+
+
+def test_a_quantised_weight_runs_once_for_all_batches_and_again_on_request():
+    program = quantised_net().fork()
+    batches = batches_of(program, TensorData((torch.randn(6, 3, 9, 9),), batch_size=2))
+    frontier = Frontier(program, batches)
+    conv = next(program.calls(torch.ops.aten.conv2d.default))
+    frontier.reach(conv)
+    fake = conv.args[1]
+    before = frontier.values(fake)
+    assert all(value is before[0] for value in before)
+    program.module.first.weight = nn.Parameter(torch.zeros(8, 3, 3, 3))
+    assert frontier.values(fake)[0].any()
+    frontier.again(fake)
+    assert not frontier.values(fake)[0].any()
