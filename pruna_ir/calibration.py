@@ -345,21 +345,37 @@ def observe(
         raise UsageError(f"calibration needs at least 1 sample, not {samples}")
     walk = _Walk(program, observers)
     done = 0
-    for number, inputs in enumerate(_runs(program, data)):
-        inputs = _cut(program, inputs, samples - done)
+    for number, inputs in enumerate(runs(program, data, samples)):
         walk.batch = number
         with torch.no_grad():
-            walk.run(*program.bind(inputs, {}))
+            walk.run(*inputs)
         done += _rows(inputs)
         progress("calibrate", done, max(done, min(samples, len(data) * _rows(inputs))))
+    return done
+
+
+def runs(
+    program: Program, data: DataSource, samples: int
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The inputs of one run after another, until this many samples are reached.
+
+    Where the program fixes its batch size, batches are cut to it.
+
+    Raises:
+        UsageError: the data is empty or does not fit the program.
+    """
+    done = 0
+    for batch in _runs(program, data):
+        inputs = tuple(program.bind(_cut(program, batch, samples - done), {}))
+        yield inputs
+        done += _rows(inputs)
         if done >= samples:
-            break
+            return
     if not done:
         raise UsageError(
             "the calibration data holds no sample that fits the program's inputs "
             f"({'; '.join(map(str, program.inputs))}); give at least one whole batch"
         )
-    return done
 
 
 def calibration_data(

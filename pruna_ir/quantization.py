@@ -273,13 +273,25 @@ def describe(program: Program) -> list[QuantizedTensor]:
     An operand that reaches its layer through movers (max pool, reshape...) is described by the
     fake-quant before them; the movers themselves have no rows.
     """
-    op = fake_quant_op()
     return [
         _row(program, node, operand, source)
         for node in program.calls()
-        if isinstance(node.target, torch._ops.OpOverload)
-        and node.target is not op
-        and node.target not in MOVERS | PARTS
+        for operand, _, source in quantized_operands(node)
+    ]
+
+
+def quantized_operands(node: fx.Node) -> list[tuple[str, fx.Node, fx.Node]]:
+    """The name and node of each fake-quantised operand of a layer, and its fake-quant.
+
+    Empty for movers and fake-quants themselves, which are no layers.
+    """
+    op = fake_quant_op()
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target is op:
+        return []
+    if node.target in MOVERS | PARTS:
+        return []
+    return [
+        (operand, value, source)
         for operand, value in _operands(bind_arguments(node))
         if (source := _behind_movers(value)).target is op
     ]
