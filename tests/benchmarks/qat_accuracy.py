@@ -8,7 +8,7 @@ FOLDER holds a ``load.py`` with ``cifar10(part)``, ``normalise(images)`` and
 ``cifar_resnet(depth)``. Calibration: 512 images of ``train_1``. Training: all five training parts,
 with the usual augmentation (crops of the image padded by 4 on each side, flips), towards the float
 network's scores. The first and the last layer, weights and inputs, have 8 bits, as in the paper
-(Esser et al., ICLR 2020, section 2.3); everything else ``--bits``.
+(Esser et al., ICLR 2020, section 2.3); every other layer ``--bits``.
 
 Prints top-1 on the test part for the float network, for the quantised one, and after each epoch,
 with seconds. Exits 1 where more than ``--budget`` points are lost in the end.
@@ -137,8 +137,8 @@ def quantised(
         (load.normalise(images[chosen]),), torch.from_numpy(labels[chosen]).long(), 128
     )
     pass_ = InsertFakeQuant(
-        target=target, weights="mse", samples=CALIBRATION, weight_bits=bits[0],
-        activation_bits=bits[1], bits=("conv1=8", "linear=8"), min_sqnr_db=0.0,
+        target=target, weights="mse", samples=CALIBRATION, bits=(f"w{bits[0]}a{bits[1]}",),
+        ends="w8a8",
     )  # fmt: skip
     return apply(pass_, program, Context(data=data, seed=seed)).program
 

@@ -125,7 +125,7 @@ def ratio(model: Model, target: str, scales: Method, rounds: int) -> tuple[float
     program = capture(model.make().eval(), (x[:2],))
     program = apply(FoldBatchNorm(), apply(Canonicalize(), program).program).program
     context = Context(data=TensorData((x[:8],)))
-    pass_ = InsertFakeQuant(target=target, ranges="minmax", min_sqnr_db=0.0)
+    pass_ = InsertFakeQuant(target=target, ranges="minmax")
     quantised = apply(pass_, program, context).program
     steps = (stepper(program, batch, None), stepper(quantised, batch, scales))
     times: tuple[list[float], list[float]] = ([], [])
