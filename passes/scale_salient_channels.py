@@ -14,7 +14,7 @@ not of the block around them, and clipping is what ``scales=mse`` of quantize-we
 
 Promise (checked): the same function over the real numbers.
 
-Limits: x must come from a norm with a scale, from a layer (through ReLU), or from a product of
+Limits: x must come from a norm with a scale, from a layer (through ReLU and reshapes), or from a product of
 elements with a layer as one factor (the gate of a SwiGLU), and must be read by matrix products
 only; elsewhere (behind attention) a remark says why not. Memory: [inputs, inputs] float64 for each
 group.
@@ -274,9 +274,10 @@ def _keeps_channels(node: fx.Node) -> bool:
 
 def _carrier(program: Program, node: fx.Node) -> Carrier | str:
     """What can carry a factor per channel of a node's value; why nothing can, in words."""
-    if node.target is aten.relu.default:
+    if node.target is aten.relu.default or _keeps_channels(node):
         inner = node.all_input_nodes[0]
-        return _carrier(program, inner) if len(inner.users) == 1 else "its ReLU shares its input"
+        alone = len(inner.users) == 1
+        return _carrier(program, inner) if alone else f"{inner.name} has other readers"
     if node.target in SCALABLE:
         why = _why_no_rows(Scalable(program, node))
         return Carrier(program, node) if not why else f"{node.name} cannot carry it: {why}"

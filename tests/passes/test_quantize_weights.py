@@ -45,10 +45,8 @@ def naive(weight: np.ndarray, block: int, low: int, high: int, symmetric: bool) 
         for start in range(0, weight.shape[1], block):
             part = weight[row, start : start + block]
             least, most = min(part.min(), 0.0), max(part.max(), 0.0)
-            if symmetric:
-                scale = max(least / low, most / high)
-            else:
-                scale = (most - least) / (high - low)
+            whole = (most - least) / (high - low)
+            scale = max(least / low, most / high) if symmetric else whole
             scale = float(np.float32(scale or 1.0))
             zero = 0 if symmetric else int(np.clip(low - np.rint(least / scale), low, high))
             for column, value in enumerate(part):
@@ -76,7 +74,8 @@ def test_blocks_are_rounded_as_a_naive_loop_does(
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(
-    ("inputs", "block", "used"), [(64, 32, 32), (48, 32, 16), (50, 32, 32), (20, 64, 20), (40, 0, 40)]
+    ("inputs", "block", "used"),
+    [(64, 32, 32), (48, 32, 16), (50, 32, 32), (20, 64, 20), (40, 0, 40)],
 )
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_layer_reads_its_weight_rounded_by_blocks(
