@@ -14,10 +14,10 @@ not of the block around them, and clipping is what ``scales=mse`` of quantize-we
 
 Promise (checked): the same function over the real numbers.
 
-Limits: x must come from a norm with a scale, from a layer (through ReLU and reshapes), or from a product of
-elements with a layer as one factor (the gate of a SwiGLU), and must be read by matrix products
-only; elsewhere (behind attention) a remark says why not. Memory: [inputs, inputs] float64 for each
-group.
+Limits: x must come from a norm with a scale, from a layer (through ReLU and reshapes), or from a
+product of elements with a layer as one factor (the gate of a SwiGLU), and must be read by matrix
+products only; elsewhere (behind attention) a remark says why not. Memory: [inputs,
+inputs] float64 for each group.
 """
 
 from __future__ import annotations

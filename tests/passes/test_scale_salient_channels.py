@@ -68,7 +68,7 @@ def scaled(program: Program, found: TensorData, **options) -> PassResult:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_promise_holds_for_every_kind_of_carrier(symmetric: bool) -> None:
-    """A spelt-out norm, the up branch of a SwiGLU (scaled twice), a layer norm, a layer and ReLU."""
+    """A spelt-out norm, the up branch of a SwiGLU, a layer norm, and a layer behind ReLU."""
     program = gated()
     pass_ = ScaleSalientChannels(block=16, symmetric=symmetric)
     context = Context(data=data())
