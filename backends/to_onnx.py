@@ -23,7 +23,7 @@ import statistics
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -207,6 +207,7 @@ _PRODUCTS = frozenset(
     }
 )  # fmt: skip
 _WEIGHT_ONLY = "MatMulNBits"
+_LAYERS = frozenset({"attention", "conv", "linear", "matmul"})
 _ATTENTION = frozenset({"Attention", "MultiHeadAttention", "QAttention"})
 
 
@@ -271,7 +272,10 @@ class OnnxRunner:
         return found
 
     def audit(self) -> list[KernelRow]:
-        """What stands in the model as ONNX Runtime optimised it for this machine."""
+        """What stands in the model as ONNX Runtime optimised it for this machine.
+
+        Convolutions and products are named as in `layer_times`.
+        """
         import onnx
 
         with tempfile.TemporaryDirectory() as folder:
@@ -280,7 +284,9 @@ class OnnxRunner:
             model = onnx.load(path)
         constants = {tensor.name for tensor in model.graph.initializer}
         dtypes = _element_types(model)
-        return [_row(node, constants, dtypes) for node in model.graph.node]
+        rows = [_row(node, constants, dtypes) for node in model.graph.node]
+        names = module_names(self._path, [row.layer for row in rows if row.kind in _LAYERS])
+        return [replace(row, layer=names.get(row.layer, row.layer)) for row in rows]
 
 
 def _element_types(model: Any) -> dict[str, str]:
