@@ -32,9 +32,9 @@ from pruna_ir.errors import UsageError
 from pruna_ir.passes.linear_layers import Layer, layer_at
 from pruna_ir.passes.weight_blocks import (
     PRODUCTS,
-    SMALLEST_BLOCK,
     as_rows,
     block_parameters,
+    check_block,
     check_globs,
     fitting_block,
     insert_blocks,
@@ -131,16 +131,3 @@ class QuantizeWeights(Pass):
         rw.applied(node, f"{layer_name(node)}: {grid}, {how}")
         if self.block and (self.block != block or inputs % block):
             rw.note(node, f"blocks of {self.block} do not divide its {inputs} inputs: {how}")
-
-
-def check_block(name: str, block: int) -> None:
-    """Refuse a block that no runtime has kernels for.
-
-    Raises:
-        UsageError: it is neither 0 nor a power of two from 16 to 256.
-    """
-    if block and (block & (block - 1) or not SMALLEST_BLOCK <= block <= 256):
-        raise UsageError(
-            f"{name}: block must be 16, 32, 64, 128 or 256 (or 0 for one scale per channel), "
-            f"not {block}"
-        )

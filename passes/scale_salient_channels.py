@@ -42,11 +42,11 @@ from pruna_ir.passes.channel_scaling import (
 from pruna_ir.passes.layer_inputs import calibration_inputs, observed
 from pruna_ir.passes.linear_layers import layer_at
 from pruna_ir.passes.optimal_rounding import errors
-from pruna_ir.passes.quantize_weights import check_block
 from pruna_ir.passes.weight_blocks import (
     PRODUCTS,
     Scales,
     block_parameters,
+    check_block,
     excluded,
     fitting_block,
     weight_grid,

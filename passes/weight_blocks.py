@@ -343,3 +343,16 @@ def why_not_stored(layer: Layer, exclude: tuple[str, ...], *, tied: bool) -> str
     if "also read by" in why:
         return "" if tied else f"{why}; tied=true quantises it for this reader alone"
     return why
+
+
+def check_block(name: str, block: int) -> None:
+    """Refuse a block that no runtime has kernels for.
+
+    Raises:
+        UsageError: it is neither 0 nor a power of two from 16 to 256.
+    """
+    if block and (block & (block - 1) or not SMALLEST_BLOCK <= block <= 256):
+        raise UsageError(
+            f"{name}: block must be 16, 32, 64, 128 or 256 (or 0 for one scale per channel), "
+            f"not {block}"
+        )
