@@ -60,7 +60,8 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
             f"the inputs are so dependent that damping={damping} does not separate them from "
             "rounding; raise damping"
         )
-    return upper
+    found: Tensor = upper
+    return found
 
 
 def gptq(
