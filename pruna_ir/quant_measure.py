@@ -372,7 +372,8 @@ class _Pair:
             bound = {k: call.arg(k) for k in ("x", "scale", "zero_point", "axis", "qmin", "qmax")}
             bound = {k: values[v] if isinstance(v, fx.Node) else v for k, v in bound.items()}
             rounding = self._found.roundings.setdefault(node, Rounding())
-            rounding.add(bound, result, f"{layer_name(node)} ({node.name})")
+            reader = next(iter(node.users), node)
+            rounding.add(bound, result, f"{layer_name(reader)} ({node.name})")
         elif _moves(node) and any(source in self._plain for source in node.all_input_nodes):
             self._plain[node] = _called(node, self._plain, values)
 

@@ -6,7 +6,7 @@ size on disk, FLOPs, accuracy, latency and speed-up over the original in the sam
 certificate's verdict with its measured error, and how many layers truly run on integers. Per
 weight with zeros: their pattern and share, and what each target makes of them. Per layer of a
 program that computes less than the original: FLOPs and time before and after, and whether the
-time followed.
+time followed. Per layer of a quantised program: what rounding costs (see `quant_report`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pruna_ir import quant_report
 from pruna_ir.sparsity import SparsityRow, uses
 
 Cell = str
@@ -173,6 +174,7 @@ class Report:
         seed: of everything random.
         latency_batch: the batch size of latencies.
         sparsity: the weights with zeros in the final programs.
+        quantization: what quantisation costs in each quantised program, layer by layer.
     """
 
     model: str
@@ -186,6 +188,7 @@ class Report:
     latency_batch: int
     accuracy: float | None = None
     sparsity: tuple[SparsityRow, ...] = ()
+    quantization: tuple[quant_report.QuantReport, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values; what is not finite becomes a string."""
@@ -217,6 +220,8 @@ def tables(report: Report) -> list[Table]:
         found += [_layers(row) for row in report.artifacts]
     if report.sparsity:
         found += [_sparsity(report), _uses(report)]
+    for costs in report.quantization:
+        found += [quant_report.table(costs), quant_report.float_table(costs)]
     return [_without_empty(table) for table in found if table[2]]
 
 
@@ -318,7 +323,8 @@ def slow_layers(row: ArtifactRow) -> str:
 
 
 def _notes(report: Report) -> list[str]:
-    return [*report.notes, *filter(None, map(slow_layers, report.artifacts))]
+    costs = (f"{c.target or 'program'}: {c.summary()}" for c in report.quantization)
+    return [*report.notes, *filter(None, map(slow_layers, report.artifacts)), *costs]
 
 
 def _sparsity(report: Report) -> Table:

@@ -19,6 +19,24 @@ _EXAMPLES = """examples:
   pruna-opt verify out/onnx out/program-onnx.pt2
   pruna-opt explain prune-channels
   pruna-opt explain-groups torchvision:resnet50 -o coupling.html
+  pruna-opt explain-quantization out/program.pt2 --data images.npz
+"""
+
+_QUANTIZATION_EXAMPLES = """\
+Two figures say what to do about a layer. Its own noise is what its rounded
+weights and inputs cost on the spot: the culprits come first. Its accumulated
+noise is against the float program, with what all layers before it cost. Six
+decibels are one bit. Remedies for a culprit: other ranges (ranges=kl), leaving
+it float (exclude=NAME), equalize-layers for weights, smooth-activations for
+inputs with outliers.
+
+examples:
+  pruna-opt run net.py:make --preset int8 --data images.npz --target onnx -o out
+  pruna-opt explain-quantization out/program.pt2 --data images.npz
+  pruna-opt explain-quantization out/program.pt2 --data images.npz \\
+      --artifact out/onnx -o noise.html
+
+exit codes: see pruna-opt --help
 """
 
 _GROUP_EXAMPLES = """A group holds channels that can only go together: filters, attention heads,
@@ -44,7 +62,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pruna-opt {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_run, _verify, _list, _explain, _explain_groups, _replay, _bisect, _doctor):
+    for add in (_run, _verify, _list, _explain, _explain_groups, _explain_quantization, _replay,
+                _bisect, _doctor):  # fmt: skip
         command = add(commands)
         command.add_argument("--json", action="store_true", help="print data as JSON")
         command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
@@ -184,6 +203,33 @@ def _explain_groups(
                        help="default: by the ending of FILE, else a table")  # fmt: skip
     group.add_argument("-o", "--out", type=Path, metavar="FILE",
                        help="write here; .html is a drawing to open in a browser")  # fmt: skip
+    return command
+
+
+def _explain_quantization(
+    commands: _Commands[argparse.ArgumentParser],
+) -> argparse.ArgumentParser:
+    command = _command(
+        commands,
+        "explain-quantization",
+        "Show what quantisation costs at each layer of a program, the worst first.",
+    )
+    command.epilog = _QUANTIZATION_EXAMPLES
+    command.add_argument("program", type=Path, help="a quantised program that was saved as .pt2")
+    command.add_argument("--data", type=Path, required=True, metavar="FILE.npz",
+                         help="inputs to run it on: one array per input, by name")  # fmt: skip
+    command.add_argument("--batch-size", type=_positive, default=8, help="of data; default 8")
+    command.add_argument("--samples", type=_positive, default=32,
+                         help="how many samples to run at most; default 32")  # fmt: skip
+    command.add_argument("--reference", type=Path, metavar="FLOAT.pt2",
+                         help="the program right before its quantisation; default: this one "
+                         "without its fake-quants")  # fmt: skip
+    command.add_argument("--artifact", type=Path, metavar="FOLDER",
+                         help="an artifact of the program: what its kernels run in")  # fmt: skip
+    command.add_argument("--format", choices=("table", "json", "html"),
+                         help="default: by the ending of FILE, else a table")  # fmt: skip
+    command.add_argument("-o", "--out", type=Path, metavar="FILE",
+                         help="write here; .html is a page to open in a browser")  # fmt: skip
     return command
 
 

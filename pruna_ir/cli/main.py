@@ -16,7 +16,11 @@ from pruna_ir.cli.console import Console, console
 from pruna_ir.cli.exit_codes import BUG, INTERRUPTED
 from pruna_ir.errors import PrunaError
 
-_MODULES = {"list": "listing", "explain-groups": "explain_groups"}
+_MODULES = {
+    "list": "listing",
+    "explain-groups": "explain_groups",
+    "explain-quantization": "explain_quantization",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from pruna_ir.pipeline import Instrument, Pipeline, Scope, Step
 from pruna_ir.program import Program
 from pruna_ir.report import Size, StepRow
 from pruna_ir.reproducer import WriteReproducer
-from pruna_ir.transform import Context, Pass
+from pruna_ir.transform import Context, Pass, Remark
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Compiled:
     programs: dict[str, Program]
     """By target; under the empty name where there is no target."""
     steps: tuple[StepRow, ...]
+    remarks: dict[str, tuple[Remark, ...]]
+    """What the passes said, by target; those of passes that ran for all stand under each."""
 
 
 def compile_for(
@@ -42,13 +44,14 @@ def compile_for(
     run = _Runs(args, data, eval_data, out)
     common = run.run(shared, program, "")
     if not args.target:
-        return Compiled({"": common}, tuple(run.rows))
-    done = run.passes
-    programs = {}
+        return Compiled({"": common}, tuple(run.rows), {"": tuple(run.remarks)})
+    done, said = run.passes, run.remarks
+    programs, remarks = {}, {}
     for target in args.target:
-        run.passes = done
+        run.passes, run.remarks = done, list(said)
         programs[target] = run.run(rest, common, target)
-    return Compiled(programs, tuple(run.rows))
+        remarks[target] = tuple(run.remarks)
+    return Compiled(programs, tuple(run.rows), remarks)
 
 
 def split(pipeline: Pipeline) -> tuple[Pipeline, Pipeline]:
@@ -77,6 +80,7 @@ class _Runs:
         out: Console,
     ) -> None:
         self.rows: list[StepRow] = []
+        self.remarks: list[Remark] = []
         self.passes = 0
         self._args = args
         self._data = data
@@ -102,6 +106,7 @@ class _Runs:
         )
         self._out.hide_progress()
         self.rows += rows.rows
+        self.remarks += result.remarks
         self.passes += len(result.steps)
         if self._args.remarks:
             for remark in result.remarks:

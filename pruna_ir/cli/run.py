@@ -16,6 +16,7 @@ from pruna_ir.cli.artifacts import Workshop
 from pruna_ir.cli.console import Console
 from pruna_ir.cli.inputs import calibration, chosen_pipeline, needs_data, read_data, request
 from pruna_ir.cli.passes import Compiled, compile_for, marked, same_program, size_of
+from pruna_ir.cli.quantization import STEM, quantization
 from pruna_ir.data import TensorData
 from pruna_ir.errors import CaptureError, LoweringError, ToolchainError, UsageError
 from pruna_ir.instruments import DumpIR
@@ -53,6 +54,7 @@ def execute(args: argparse.Namespace, out: Console) -> int:
     workshop = Workshop(
         args, None if untouched else original, inputs.data, inputs.eval_data, out
     )
+    artifacts = tuple(workshop.make(t, p) for t, p in compiled.programs.items() if t)
     report = Report(
         model=args.model,
         pipeline=str(pipeline),
@@ -61,12 +63,13 @@ def execute(args: argparse.Namespace, out: Console) -> int:
             program_accuracy(original, inputs.eval_data) if inputs.eval_data is not None else None
         ),
         steps=compiled.steps,
-        artifacts=tuple(workshop.make(t, p) for t, p in compiled.programs.items() if t),
+        artifacts=artifacts,
         notes=_notes(args, inputs),
         versions=versions(),
         seed=args.seed,
         latency_batch=args.latency_batch,
         sparsity=sparsity(compiled.programs),
+        quantization=quantization(compiled, artifacts, inputs.data, args, out),
     )
     _show(report, args, out)
     return next((row.exit_code for row in report.artifacts if row.exit_code), 0)
@@ -131,7 +134,7 @@ def _ours(path: Path) -> bool:
         return left or (path / MANIFEST).is_file() or path.name.startswith("reproducer")
     return path.name == REPORT or (
         path.suffix == ".pt2" and path.name.startswith(("program", "original"))
-    ) or path.name.endswith(".partial")
+    ) or (path.suffix == ".html" and path.name.startswith(STEM)) or path.name.endswith(".partial")
 
 
 # -- data ---------------------------------------------------------------------------------------
