@@ -62,16 +62,19 @@ class ToOpenvino:
     name: ClassVar[str] = "openvino"
     api_version: ClassVar[int] = API_VERSION
     scheme: ClassVar[QuantScheme] = QuantScheme(
-        U8_ASYMMETRIC, residual="identity", layer_outputs=False
-    )
+        U8_ASYMMETRIC, residual="identity", fused_attention=True, nearly_symmetric=0.1,
+        layer_outputs=False,
+    )  # fmt: skip
+    """Unsigned activations; of a residual add only the identity branch is quantised, since the
+    other one is the convolution's own accumulator: OpenVINO leaves out a rounding between the
+    convolution and the add that it fuses, and would no longer compute the program's function.
+    Matrix products are faster on signed activations without a zero point, and fused attention
+    runs its first product on integers only where query and key have none."""
     # CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE, which is off by default, packs the weights of int8
     # matrix products on CPUs with AMX, in multiples of 64 channels.
     zeros: ClassVar[Mapping[str, str]] = {
         "": "dense speed; packed weights exist for int8 products on AMX only and are not turned on"
     }
-    """Unsigned activations; of a residual add only the identity branch is quantised, since the
-    other one is the convolution's own accumulator: OpenVINO leaves out a rounding between the
-    convolution and the add that it fuses, and would no longer compute the program's function."""
 
     def availability(self) -> Availability:
         """Whether the package ``openvino`` is installed."""

@@ -136,7 +136,7 @@ class Insertion:
         rules.check(layers_of(rw.program))
         spelt_out = _unfuse(rw, scheme)
         chosen = self._chosen(rw, scheme, rules)
-        _note_float_parts(rw)
+        _note_float_parts(rw, scheme)
         layers = {node: width for node, width in chosen.items() if node.target in KINDS}
         bits = {node: width.activation for node, width in layers.items()}
         plan = place(rw.program, scheme, list(chosen), bits)
@@ -212,9 +212,9 @@ class Insertion:
     def _assure(self, rw: Rewrite, plan: Placement, weights: Mapping[fx.Node, Grid]) -> None:
         """State which grid everything that was inserted is on, and what rounding costs weights."""
         grids: dict[str, set[Grid]] = {}
-        for readers in plan.readers.values():
+        for value, readers in plan.readers.items():
             for reader, bits in readers.items():
-                grid = plan.scheme.activation.with_bits(bits)
+                grid = plan.grid(value, bits)
                 grids.setdefault(reader.name, set()).add(grid)
         rw.assure(
             OnGrid(
@@ -233,7 +233,7 @@ class Insertion:
         known: dict[Shared, QuantParameters] = {}
         for value, bits in wanted_bits(plan):
             key = (plan.root(value), bits)
-            existing = _existing(value, plan.scheme.activation.with_bits(bits))
+            existing = _existing(value, plan.grid(value, bits))
             if existing is None:
                 needed.setdefault(key, []).append(value)
             else:
@@ -251,11 +251,16 @@ class Insertion:
             if (root, bits) in known:
                 continue
             name, seen = layer_name(values[0]), observers[root]
-            grid = plan.scheme.activation.with_bits(bits)
-            found = estimate(seen, self.ranges, grid, name, self.percentile)
+            found = self._estimate(seen, plan.grid(values[0], bits), name)
+            if plan.wants_signed(values, found):
+                plan.signed.add(values[0])
+                found = self._estimate(seen, plan.grid(values[0], bits), name)
             known[root, bits] = found
             rw.note(values[0], f"{name}: {_summary(seen, found)}")
         return known
+
+    def _estimate(self, seen: Observer, grid: Grid, name: str) -> QuantParameters:
+        return estimate(seen, self.ranges, grid, name, self.percentile)
 
     def _observe(self, rw: Rewrite, observed: Mapping[fx.Node, Observer]) -> None:
         samples = self.samples or DEFAULT_SAMPLES
@@ -353,14 +358,17 @@ def _unquantisable(
     return "" if scheme.attention else "a product of two activations: the target keeps it float"
 
 
-def _note_float_parts(rw: Rewrite) -> None:
+def _note_float_parts(rw: Rewrite, scheme: QuantScheme) -> None:
     """Say which parts around the layers stay float by design, or stand in the way of speed."""
     for node in rw.calls(*ATTENTION):
-        rw.skip(
-            node,
-            "fused attention stays float, its projections are quantised; to quantise its products "
-            "run spell-out-attention first, with products=true",
-        )
+        if scheme.fused_attention:
+            rw.note(node, "its first product is quantised; probabilities and value stay float")
+        else:
+            rw.skip(
+                node,
+                "fused attention stays float, its projections are quantised; to quantise its "
+                "products run spell-out-attention first, with products=true",
+            )
     for node in rw.calls(aten.embedding.default):
         rw.skip(node, "embedding tables stay float")
     for node in rw.calls(aten.batch_norm.default):
@@ -397,7 +405,7 @@ def _quantise_activations(
     order = {node: position for position, node in enumerate(rw.graph.nodes)}
     for value, bits in sorted(wanted_bits(plan), key=lambda pair: (order[pair[0]], -pair[1])):
         readers = [reader for reader, wanted in plan.readers[value].items() if wanted == bits]
-        fake = _existing(value, plan.scheme.activation.with_bits(bits))
+        fake = _existing(value, plan.grid(value, bits))
         if fake is None:
             key = (plan.root(value), bits)
             found, before = parameters[key], _after(value)

@@ -16,7 +16,7 @@ adds count only on the conv stream: those of transformers carry outliers that 8 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,14 @@ from pruna_ir.kernels.conv_act import KERNEL as CONV_ACT
 from pruna_ir.kernels.fake_quant import KERNEL as FAKE_QUANT
 from pruna_ir.program import Program, dtype_of, shape_of
 from pruna_ir.propagate import same_value
-from pruna_ir.quantization import MOVERS, PARTS, QuantScheme
+from pruna_ir.quantization import (
+    MOVERS,
+    PARTS,
+    S8_SYMMETRIC,
+    Grid,
+    QuantParameters,
+    QuantScheme,
+)
 
 aten = torch.ops.aten
 
@@ -121,6 +128,7 @@ class Placement:
         carried: tensors among them that a mover gives out, with the bits that were handed on;
             their range is their source's.
         parent: the union-find forest of tensors that share their parameters.
+        signed: tensors on a symmetric grid, whatever the scheme's: queries and keys.
     """
 
     program: Program
@@ -130,6 +138,26 @@ class Placement:
     readers: dict[fx.Node, dict[fx.Node, int]] = field(default_factory=dict)
     carried: dict[fx.Node, int] = field(default_factory=dict)
     parent: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    signed: set[fx.Node] = field(default_factory=set)
+
+    def grid(self, value: fx.Node, bits: int) -> Grid:
+        """The grid of a tensor that is read with so many bits."""
+        root = self.root(value)
+        signed = any(self.root(each) is root for each in self.signed)
+        return (S8_SYMMETRIC if signed else self.scheme.activation).with_bits(bits)
+
+    def wants_signed(self, values: Collection[fx.Node], found: QuantParameters) -> bool:
+        """Whether the signed grid serves tensors that share these parameters nearly as well."""
+        readers = {reader for value in values for reader in self.readers[value]}
+        kinds = [KINDS.get(reader.target) for reader in readers]
+        if not all(kind is not None and not kind.convolution for kind in kinds):
+            return False
+        if found.grid.symmetric or any(self.root(v) is not v for v in values):
+            return False
+        low = found.grid.qmin - int(found.zero_point)
+        high = found.grid.qmax - int(found.zero_point)
+        larger = 2 * max(-low, high) / (high - low) - 1.0
+        return larger <= self.scheme.nearly_symmetric
 
     def root(self, node: fx.Node) -> fx.Node:
         """The representative of the tensors that share parameters with this one."""
@@ -242,6 +270,8 @@ def place(
             _place_add(plan, node)
         elif is_average(plan, node) and scheme.average_pool:
             plan.want(_first(node), node)
+        elif node.target in ATTENTION and scheme.fused_attention:
+            _place_attention(plan, node)
     if not scheme.repeat_behind_movers:
         plan.leave_to_movers()
     return plan
@@ -272,6 +302,15 @@ def _place_add(plan: Placement, node: fx.Node) -> None:
             plan.want(operand, node)
         if plan.scheme.layer_outputs:
             plan.want_everywhere(terminal(node))
+
+
+def _place_attention(plan: Placement, node: fx.Node) -> None:
+    call = Call(plan.program, node)
+    for name in ("query", "key"):
+        source = call.producer(name)
+        if source is not None:
+            plan.want(source, node, plan.scheme.activation.bits)
+            plan.signed.add(source)
 
 
 def _identity(operands: list[fx.Node]) -> fx.Node:
@@ -324,9 +363,10 @@ def is_clip(node: fx.Node) -> bool:
 
 
 def candidates(program: Program) -> Iterator[fx.Node]:
-    """Every call that quantisation is about: layers, adds of tensors and averages."""
+    """Every call that quantisation is about: layers, adds of tensors, averages and attention."""
+    others = AVERAGES | ATTENTION | {aten.add.Tensor}
     for node in program.calls():
-        if node.target in KINDS or node.target in AVERAGES or node.target is aten.add.Tensor:
+        if node.target in KINDS or node.target in others:
             yield node
 
 

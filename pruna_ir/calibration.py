@@ -25,6 +25,7 @@ Limits: values are weighted alike, and ranges are per tensor.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
@@ -355,7 +356,7 @@ def observe(
 
 
 def runs(
-    program: Program, data: DataSource, samples: int
+    program: Program, data: DataSource, samples: int = sys.maxsize
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     """The inputs of one run after another, until this many samples are reached.
 

@@ -7,11 +7,15 @@ a deep net and too lax for a shallow one, so the program's own noise on the same
                          with e(y) = max|y - truth| / max|truth|
     quantised programs:  SQNR(artifact) >= min over runs of SQNR(noisy program) - MARGIN_DB
 
+    low precision:       SQNR(artifact) >= min over runs of SQNR(program rounded at random) - MARGIN_DB
+
 A quantised program is a staircase: implementations that differ in the last bit before a rounding
 differ by a whole step after it, and later layers spread that. The noisy program is the program
 with uniform noise of +-NOISE_STEPS quantisation steps before each rounding: the freedom of a right
 implementation, whose int32 biases and float requantisation miss the exact value by a fraction
-of a step. Inputs are real data where there is some, since outside the calibrated range a
+of a step. A program that computes in bfloat16 or float16 has no last bit in common with another
+implementation either: its noise is that of rounding each result to either neighbour (see
+`low_precision`). Inputs are real data where there is some, since outside the calibrated range a
 quantised program promises nothing.
 
 Integer and bool outputs must be equal, unless the program's own noise changes them. A comparison
@@ -25,17 +29,20 @@ import json
 import math
 import platform
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from pruna_ir.calibration import runs
 from pruna_ir.data import DataSource
 from pruna_ir.equivalence import relative_error, run_float64, run_native, sqnr_db
 from pruna_ir.errors import LoweringError
+from pruna_ir.low_precision import LOW, computes_low, run_rounded
 from pruna_ir.lowering import CERTIFICATE, KernelRow, Runner, Verdict
 from pruna_ir.noise import NOISE_STEPS, is_fake_quant, run_noisy
 from pruna_ir.program import Program, computed_nodes
@@ -233,7 +240,7 @@ def certify(
     An exception of the runner is not caught: an artifact that cannot run has no certificate.
     """
     quantised = is_quantised(program)
-    judge = _judge_quantised if quantised else _judge_float
+    judge, rule = _judgement(program, quantised=quantised)
     comparisons: list[Comparison] = []
     for stimulus in _stimuli(program, data, seed, fixed or {}, quantised=quantised):
         truth = run_float64(program, stimulus.inputs)
@@ -241,7 +248,6 @@ def certify(
         tensors = [torch.from_numpy(np.ascontiguousarray(a)) for a in actual]
         comparisons += judge(program, stimulus, truth, tensors, seed)
     verdict, reason = _verdict(program, comparisons)
-    rule = _QUANTISED_RULE if quantised else _FLOAT_RULE
     return Certificate(
         verdict,
         reason,
@@ -263,6 +269,25 @@ _QUANTISED_RULE = (
     f"SQNR against the program in float64: at least that of the program with uniform noise of "
     f"+-{NOISE_STEPS:g} steps before each rounding (worst of {NOISY_RUNS}), less {MARGIN_DB:g} dB"
 )
+_LOW_RULE = (
+    "SQNR against the program in float64: at least that of the program with each result in "
+    f"bfloat16 or float16 rounded to either neighbour at random (worst of {NOISY_RUNS}), less "
+    f"{MARGIN_DB:g} dB"
+)
+
+_Noise = Callable[..., tuple[torch.Tensor, ...]]
+_Judge = Callable[
+    [Program, Stimulus, Sequence[torch.Tensor], Sequence[torch.Tensor], int], list[Comparison]
+]
+
+
+def _judgement(program: Program, *, quantised: bool) -> tuple[_Judge, str]:
+    """How a program's artifacts are judged, and the rule in words."""
+    if quantised:
+        return partial(_judge_noisy, run_noisy), _QUANTISED_RULE
+    if computes_low(program):
+        return partial(_judge_noisy, run_rounded), _LOW_RULE
+    return _judge_float, _FLOAT_RULE
 
 
 def versions() -> dict[str, str]:
@@ -301,7 +326,7 @@ def _stimuli(
     Quantised programs get real data only (the example, where there is none) at its own size and
     at odd batch sizes.
     """
-    found = [] if data is None else [Stimulus("data", next(iter(data)).inputs)]
+    found = [] if data is None else [Stimulus("data", next(runs(program, data)))]
     drawn = stimuli(program, seed=seed)
     if quantised:
         found = found or [s for s in drawn if s.kind == "example"]
@@ -367,14 +392,15 @@ def _judge_float(
     return found
 
 
-def _judge_quantised(
+def _judge_noisy(
+    noise: _Noise,
     program: Program,
     stimulus: Stimulus,
     truth: Sequence[torch.Tensor],
     actual: Sequence[torch.Tensor],
     seed: int,
 ) -> list[Comparison]:
-    noisy = [run_noisy(program, stimulus.inputs, seed=seed + run) for run in range(NOISY_RUNS)]
+    noisy = [noise(program, stimulus.inputs, seed=seed + run) for run in range(NOISY_RUNS)]
     found: list[Comparison] = []
     for position, reference in enumerate(truth):
         got = _at(actual, position)
@@ -384,7 +410,9 @@ def _judge_quantised(
             continue
         dtype = program.outputs[position].dtype
         floor = min(sqnr_db(value, reference) for value in own)
-        ceiling = -20 * math.log10(FLOAT_FACTOR * FLOOR_EPS * torch.finfo(dtype).eps)
+        # Outputs in a low precision are rounded with the rest: their noise is in the floor.
+        eps = torch.finfo(torch.float32 if dtype in LOW else dtype).eps
+        ceiling = -20 * math.log10(FLOAT_FACTOR * FLOOR_EPS * eps)
         limit = min(floor, ceiling) - MARGIN_DB
         measured = _sqnr(got, reference, dtype)
         outcome = "passed" if measured >= limit else "failed"

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from pruna_ir.calibration import runs
 from pruna_ir.conditioning import Comparison, place
 from pruna_ir.equivalence import (
     LIFTED_TOLERANCE,
@@ -120,7 +121,7 @@ def check(
 def _inputs(effect: Effect, program: Program, context: Context) -> list[Stimulus]:
     found = stimuli(program, seed=context.seed)
     if context.data is not None:
-        data = Stimulus("data", next(iter(context.data)).inputs)
+        data = Stimulus("data", next(runs(program, context.data)))
         return [data] if effect is Effect.BOUNDED else [*found, data]
     return [s for s in found if s.kind == "example"] if effect is Effect.BOUNDED else found
 

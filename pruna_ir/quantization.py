@@ -130,6 +130,10 @@ class QuantScheme:
             only the ``identity`` (the one that the last convolution does not compute), ``none``.
             Residual adds of transformers never are.
         attention: quantise both operands of products of two activations (matmul, bmm).
+        fused_attention: quantise query and key of fused attention, whose first product then runs
+            on integers; the probabilities, and with them the value, stay float.
+        nearly_symmetric: an input of matrix products takes the signed grid with a zero point of 0
+            where that makes its step at most this share larger: its integer kernels are faster.
         average_pool: quantise the inputs of average pools, so that they run on integers.
         layer_outputs: quantise the result of every quantised convolution and residual add (after
             its ReLU), even where only float operators read it.
@@ -142,6 +146,8 @@ class QuantScheme:
     weight: Grid = S8_WEIGHT
     residual: Literal["both", "identity", "none"] = "both"
     attention: bool = False
+    fused_attention: bool = False
+    nearly_symmetric: float = 0.0
     average_pool: bool = True
     layer_outputs: bool = True
     repeat_behind_movers: bool = True
@@ -250,8 +256,9 @@ class QuantizedTensor:
         operator: the reading operator, such as ``aten.conv2d``.
         operand: the reader's argument, such as ``weight``.
         bits: the bits of the grid.
-        scale: the smallest and largest scale (equal where there is one).
-        zero_point: the smallest and largest zero point.
+        scale: the smallest and largest scale (equal where there is one); None where the program
+            computes it at run time.
+        zero_point: the smallest and largest zero point; None likewise.
         axis: the channel axis; None where the scale is one per tensor.
         grid: the integers, such as ``u8[0, 255]``.
     """
@@ -261,10 +268,15 @@ class QuantizedTensor:
     operator: str
     operand: str
     bits: int
-    scale: tuple[float, float]
-    zero_point: tuple[int, int]
+    scale: tuple[float, float] | None
+    zero_point: tuple[int, int] | None
     axis: int | None
     grid: str
+
+    @property
+    def ranged(self) -> str:
+        """Since when the scale is known: ``ahead of time`` or ``at run time``."""
+        return "at run time" if self.scale is None else "ahead of time"
 
 
 def describe(program: Program) -> list[QuantizedTensor]:
@@ -317,18 +329,17 @@ def _operands(bound: Mapping[str, Any]) -> Iterator[tuple[str, fx.Node]]:
 def _row(program: Program, node: fx.Node, operand: str, source: fx.Node) -> QuantizedTensor:
     call = Call(program, source)
     scale, zero = call.parameter("scale"), call.parameter("zero_point")
-    if scale is None or zero is None:
-        raise PassError(f"{source.name}: its scale or zero point is no constant of the program")
     qmin, qmax = int(call.number("qmin")), int(call.number("qmax"))
-    grid = Grid(qmin, qmax, symmetric=qmin < 0 and not bool(zero.any()))
+    symmetric = qmin < 0 and zero is not None and not bool(zero.any())
+    grid = Grid(qmin, qmax, symmetric=symmetric)
     return QuantizedTensor(
         layer=module_path(node) or node.name,
         node=node.name,
         operator=str(node.target).removesuffix(".default"),
         operand=operand,
         bits=grid.bits,
-        scale=(float(scale.min()), float(scale.max())),
-        zero_point=(int(zero.min()), int(zero.max())),
+        scale=None if scale is None else (float(scale.min()), float(scale.max())),
+        zero_point=None if zero is None else (int(zero.min()), int(zero.max())),
         axis=call.arg("axis"),
         grid=str(grid),
     )

@@ -37,6 +37,15 @@ def test_rounds_are_interleaved():
     assert time.calls == ["a", "b"] * 4
 
 
+def test_candidates_settle_untimed_before_every_timed_call():
+    time = FakeTime()
+    runners = {"a": time.takes("a", 5.0, 5.0, 1.0), "b": time.takes("b", 2.0)}
+    found = measure(runners, repeats=3, budget_s=100, warmup=0, settle=2, clock=time)
+    assert time.calls == (["a"] * 3 + ["b"] * 3) * 3
+    assert found["a"].p50 == pytest.approx(1000.0)
+    assert found["b"].rounds == 3
+
+
 def test_times_are_milliseconds_and_ratios_are_against_the_first():
     time = FakeTime()
     runners = {"a": time.takes("a", 0.010), "b": time.takes("b", 0.004)}
