@@ -203,8 +203,8 @@ def _solve(
     scaled = steps * (_SCALE / (math.fsum(map(max, aims)) or 1.0))
     for _ in range(_ATTEMPTS):
         answer = milp(
-            scaled, integrality=np.ones(len(steps), np.int64), bounds=Bounds(0, 1), constraints=limits,
-            options={"mip_rel_gap": 0.0},
+            scaled, integrality=np.ones(len(steps), np.int64), bounds=Bounds(0, 1),
+            constraints=limits, options={"mip_rel_gap": 0.0},
         )  # fmt: skip
         if answer.status == _INFEASIBLE:
             # Rounding alone can make a bound infeasible that known picks meet exactly.

@@ -57,6 +57,15 @@ def profile(
                 rows.setdefault(name, []).extend([spent] if number else [])
     return [{name: statistics.median(t) for name, t in rows.items() if t} for rows in taken]
 
+
+def layer_times(program: Program, times: Mapping[str, float]) -> dict[str, float]:
+    """Milliseconds by the path of each layer with FLOPs, from those by the runtime's names.
+
+    Layers that the profile does not name are missing; one without a module goes by its node.
+    """
+    return _Layers(program).times(times)
+
+
 def compare_layers(
     before: Program,
     after: Program,
