@@ -41,6 +41,7 @@ from pruna_ir.cli.inputs import read_data
 from pruna_ir.data import load_data
 from pruna_ir.equivalence import relative_error, sqnr_db
 from pruna_ir.errors import ToolchainError, UsageError
+from pruna_ir.low_precision import COMPUTES_IN
 from pruna_ir.lowering import LoadOptions, Runner, Verdict
 from pruna_ir.program import Program
 from pruna_ir.registry import find_backend
@@ -162,6 +163,8 @@ def _against_artifact(
         return _Outcome(Verdict.NOT_RUN, f"NOT_RUN({error})", [])
     inputs = _data_inputs(args, first, second) or _drawn_inputs(first, second, args.seed)
     quantised = QUANTISED in {**first.manifest.attributes, **second.manifest.attributes}
+    if COMPUTES_IN in {**first.manifest.attributes, **second.manifest.attributes}:
+        return _Outcome(Verdict.NOT_RUN, f"NOT_RUN({_LOW_PRECISION})", [])
     if quantised and all(x.dtype.kind != "f" for x in inputs):
         return _Outcome(Verdict.NOT_RUN, f"NOT_RUN({_NO_NOISE})", [])
     perturbed = [_noisy(inputs, args.seed + i) for i in range(NOISY_RUNS)]
@@ -179,6 +182,11 @@ def _against_artifact(
 _NO_NOISE = (
     "with integer inputs alone, no tolerance can be derived for quantised artifacts; compare each "
     "with its own program"
+)
+
+_LOW_PRECISION = (
+    "noise of the inputs gives no tolerance for artifacts that compute in bfloat16 or float16; "
+    "compare each with its own program"
 )
 
 
