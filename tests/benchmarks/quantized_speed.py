@@ -174,22 +174,36 @@ def compare(name: str, net: Network, target: str, arguments: argparse.Namespace)
         )
         calls = {"float32": _call(plain, net, arguments.threads),
                  "ours": _call(small, net, arguments.threads)}  # fmt: skip
+        peer_fact = "not run"
         if not arguments.alone:
             theirs = nncf_openvino if target == "openvino" else nncf_onnx
-            calls["nncf"] = theirs(plain, net, arguments.threads)
+            peer_fact = _added(calls, lambda: theirs(plain, net, arguments.threads))
         found = measure(calls, repeats=arguments.rounds, budget_s=arguments.budget, warmup=5,
                         settle=2)  # fmt: skip
     own = found["ours"].speedup
     peer = found["nncf"].speedup if "nncf" in found else 0.0
+    if "nncf" in found:
+        peer_fact = f"{peer:.2f}x"
     least = peer if target == "openvino" else FLOORS[name]
     fine = own >= least
     print(
         f"{name:<14} {target:<9} float32 {found['float32'].p50:7.2f} ms  "
-        f"int8 {found['ours'].p50:7.2f} ms  ours {own:.2f}x  NNCF {peer:.2f}x"
+        f"int8 {found['ours'].p50:7.2f} ms  ours {own:.2f}x  NNCF {peer_fact}"
         f"{'' if fine else f'  below {least:.2f}x'}",
         flush=True,
     )
     return fine
+
+
+def _added(
+    calls: dict[str, Callable[[], object]], make: Callable[[], Callable[[], object]]
+) -> str:
+    """Add the peer's model to what is timed; where it has none, the reason."""
+    try:
+        calls["nncf"] = make()
+    except Exception as error:
+        return f"failed: {type(error).__name__}: {str(error).splitlines()[0][:60]}"
+    return ""
 
 
 def _call(artifact: Artifact, net: Network, threads: int) -> Callable[[], object]:
