@@ -12,6 +12,7 @@ from pruna_ir.kernels.dynamic_range import SCALE
 from pruna_ir.passes.quantize_dynamically import QuantizeDynamically
 from pruna_ir.passes.weight_blocks import stored_weight
 from pruna_ir.program import Program
+from pruna_ir.quantization import describe
 from pruna_ir.transform import PassResult, apply
 from pruna_ir.verify import verify
 from tests.passes.products import captured, gpt2, products, tied
@@ -52,6 +53,19 @@ def test_the_promise_holds() -> None:
     assert check(pass_, program, result.program).passed
     assert [r.message.split(":")[0] for r in result.remarks] == ["wide", "turned", "head"]
     assert not apply(pass_, result.program).modified
+
+
+def test_reports_say_which_ranges_are_found_at_run_time() -> None:
+    rows = describe(quantised(products()).program)
+    assert [(r.layer, r.operand, r.grid, r.ranged) for r in rows] == [
+        ("wide", "input", "u8[0, 255]", "at run time"),
+        ("wide", "weight", "s8[-127, 127]", "ahead of time"),
+        ("turned", "mat1", "u8[0, 255]", "at run time"),
+        ("turned", "mat2", "s8[-127, 127]", "ahead of time"),
+        ("head", "input", "u8[0, 255]", "at run time"),
+        ("head", "weight", "s8[-127, 127]", "ahead of time"),
+    ]
+    assert [(r.scale is None, r.zero_point is None) for r in rows] == [(True,) * 2, (False,) * 2] * 3
 
 
 def test_products_that_read_one_tensor_share_its_quantisation() -> None:
