@@ -22,6 +22,7 @@ from pruna_ir.errors import CaptureError, LoweringError, ToolchainError, UsageEr
 from pruna_ir.instruments import DumpIR
 from pruna_ir.lowering import MANIFEST
 from pruna_ir.pipeline import Pipeline
+from pruna_ir.processes import processes
 from pruna_ir.program import Program
 from pruna_ir.registry import find_backend
 from pruna_ir.report import Report, plain_text, rich_text
@@ -48,6 +49,8 @@ def execute(args: argparse.Namespace, out: Console) -> int:
     inputs = _inputs(args, pipeline, original, out)
     program = marked(original, {"calibration": "synthetic"} if inputs.synthetic else {})
     compiled = compile_for(pipeline, program, args, inputs.data, inputs.eval_data, out)
+    if not processes().first:
+        return 0  # Under torchrun all train; one writes, measures and reports.
     if args.out is not None:
         _save(args, original, compiled)
     untouched = program.hash() == original.hash() and not any(s.changed for s in compiled.steps)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,18 @@ def test_a_run_leaves_an_artifact_a_program_and_a_report(opt: Opt, tmp_path: Pat
     assert "\x1b" not in ran.out
     for title in ("passes:", "artifacts:", "verification:", "rounding holds", "PASSED"):
         assert title in ran.out
+
+
+def test_under_torchrun_one_process_writes_and_reports(opt: Opt, tmp_path: Path) -> None:
+    run = ["-m", "pruna_ir", "run", "net.py:make", "-p", PASSES, "--target", "eager", "-o", "out"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+         "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *run, *QUICK],
+        cwd=tmp_path, capture_output=True, text=True, timeout=180, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("verification:") == 1
+    assert "report.json" in files(tmp_path / "out")
 
 
 def test_the_report_measures_steps_and_artifacts(opt: Opt, tmp_path: Path) -> None:
