@@ -1,19 +1,25 @@
 """Allocation: one option for each of several items, under a budget, as an integer program.
 
 Each item (a layer) takes exactly one of its options (widths); option j of item i costs c_ij and
-loses l_ij. With x_ij in {0, 1}, x_i0 = 1 - sum_{j>0} x_ij:
+loses l_ij. With x_ij in {0, 1}, sum_j x_ij = 1:
 
     least_loss:   minimise sum l_ij x_ij    so that    fixed + sum c_ij x_ij <= budget
     least_cost:   minimise fixed + sum c_ij x_ij    so that    sum l_ij x_ij <= limit
 
 This is the multiple-choice knapsack (Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004,
-chapter 11). HiGHS solves it by branch and bound (`scipy.optimize.milp`) with no gap allowed; both
-rows are scaled to sums of up to 1e6, so that its absolute tolerance of 1e-6 is 1e-12 of the whole.
-What it returns is priced anew and, where it breaks its bound (solvers round), cut off, and the
-program is solved again. Of several solutions with the least loss the cheapest is taken, and the
-other way round, so that no other one is as good in both: each solution is Pareto optimal.
+chapter 11). It is solved by dynamic programming over the items with bounds: of all partial choices
+those stay that no other one beats in both cost and loss (section 11.5), and whose linear
+relaxation, the rest of the items along their lower convex hulls (section 11.2), does not lie above
+the best solution known; rounding the relaxation down gives that solution. Items with the widest
+range of costs go first. Real networks leave some thousands of partial choices at most; numbers
+are compared at 1e-12 of the largest possible sum.
 
-Limits: losses and costs are finite and not negative; they add up.
+Of several solutions with the least loss the cheapest is taken, and the other way round, so that no
+other one is as good in both: each solution is Pareto optimal.
+
+Limits: losses and costs are finite and not negative; they add up. Costs and losses that are
+proportional to one another, with nothing to tell choices apart, can need too many partial choices;
+that is an error (`MOST_PARTIAL`), never a guess.
 """
 
 from __future__ import annotations
@@ -25,17 +31,16 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from pruna_ir.errors import PrunaError, UsageError
 
 TOLERANCE = 1e-9
 """By how much, as a share of the largest possible sum, a bound may be exceeded by rounding."""
-_SCALE = 1e6
-_ATTEMPTS = 50
-_INFEASIBLE = 2
+MOST_PARTIAL = 2_000_000
+"""How many partial choices are kept at most."""
+_EQUAL = 1e-12
 
-Table = np.ndarray[Any, np.dtype[np.float64]]
+Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -116,9 +121,9 @@ def least_loss(problem: Problem, budget: float) -> Point:
             f"a budget of {budget:.6g} cannot be kept: costs go from {cheapest.cost:.6g} to "
             f"{problem.finest().cost:.6g}"
         )
-    room = budget - problem.fixed
-    found = problem.point(_solve(problem.losses, problem.costs, room, cheapest.picks))
-    thrifty = problem.point(_solve(problem.costs, problem.losses, found.loss, found.picks))
+    room = _room(problem, budget)
+    found = problem.point(_solve(problem.losses, problem.costs, room))
+    thrifty = problem.point(_solve(problem.costs, problem.losses, found.loss))
     return _better(found, thrifty, lambda p: (p.loss <= found.loss, -p.cost))
 
 
@@ -134,9 +139,9 @@ def least_cost(problem: Problem, limit: float) -> Point:
             f"a limit of {limit:.6g} cannot be kept: losses go from {finest.loss:.6g} to "
             f"{problem.cheapest().loss:.6g}"
         )
-    found = problem.point(_solve(problem.costs, problem.losses, limit, finest.picks))
-    room = found.cost - problem.fixed
-    careful = problem.point(_solve(problem.losses, problem.costs, room, found.picks))
+    found = problem.point(_solve(problem.costs, problem.losses, limit))
+    room = _room(problem, found.cost)
+    careful = problem.point(_solve(problem.losses, problem.costs, room))
     return _better(found, careful, lambda p: (p.cost <= found.cost, -p.loss))
 
 
@@ -172,6 +177,11 @@ def pareto(points: Sequence[Point]) -> list[Point]:
     return kept
 
 
+def _room(problem: Problem, budget: float) -> float:
+    """What is left for the items, and what adding the fixed cost may have rounded off."""
+    return budget - problem.fixed + 4 * math.ulp(budget)
+
+
 def _better(one: Point, other: Point, key: Any) -> Point:
     return max(one, other, key=key)
 
@@ -181,56 +191,147 @@ def _slack(rows: Sequence[Sequence[float]]) -> float:
 
 
 def _solve(
-    aims: Sequence[Sequence[float]],
-    weights: Sequence[Sequence[float]],
-    bound: float,
-    known: Sequence[int],
+    aims: Sequence[Sequence[float]], weights: Sequence[Sequence[float]], bound: float
 ) -> tuple[int, ...]:
-    """The picks of least aim whose weight is within a bound; ``known`` are some that are."""
-    first = np.cumsum([0, *(len(row) - 1 for row in aims)])
-    steps, changes = _steps(aims), _steps(weights)
-    if not len(steps):
-        return tuple(known)
-    owner = np.repeat(np.arange(len(aims)), np.diff(first))
-    one_each = np.zeros((len(aims), len(steps)))
-    one_each[owner, np.arange(len(steps))] = 1.0
-    most = math.fsum(map(max, weights)) or 1.0
-    room = min(bound, most) - math.fsum(row[0] for row in weights)
-    limits = [
-        LinearConstraint(one_each, -np.inf, 1.0),
-        LinearConstraint(changes[None] * (_SCALE / most), -np.inf, room * (_SCALE / most)),
-    ]
-    scaled = steps * (_SCALE / (math.fsum(map(max, aims)) or 1.0))
-    for _ in range(_ATTEMPTS):
-        answer = milp(
-            scaled, integrality=np.ones(len(steps), np.int64), bounds=Bounds(0, 1),
-            constraints=limits, options={"mip_rel_gap": 0.0},
-        )  # fmt: skip
-        if answer.status == _INFEASIBLE:
-            # Rounding alone can make a bound infeasible that known picks meet exactly.
-            return tuple(known)
-        if answer.x is None or answer.status != 0:
-            raise PrunaError(f"the integer program could not be solved: {answer.message}")
-        taken = answer.x > 0.5
-        picks = _picks(taken, first)
-        if math.fsum(w[j] for w, j in zip(weights, picks, strict=True)) <= bound + _slack(weights):
-            return picks
-        cut = np.where(taken, 1.0, -1.0)
-        limits.append(LinearConstraint(cut[None], -np.inf, taken.sum() - 1.0))
-    raise PrunaError(
-        f"the integer program could not be solved: {_ATTEMPTS} answers in a row broke their bound "
-        f"of {bound:.6g}"
-    )
+    """The picks of least aim whose weight is within a bound, which some must be."""
+    most = math.fsum(map(max, weights))
+    relaxed = _Relaxation(aims, weights)
+    room = min(bound, most) + _EQUAL * most
+    equal = _EQUAL * math.fsum(map(max, aims))
+    spent, lost = np.zeros(1), np.zeros(1)
+    trail: list[tuple[Array, Array]] = []
+    best, where = math.inf, (0, 0, 0)
+    for stage in range(len(aims) + 1):
+        least, breaks, values = relaxed.rest(stage)
+        left = room - spent - least
+        # Rounding can leave a little less than no room; what is cheapest fits all the same.
+        step = np.maximum(np.searchsorted(breaks, left, side="right") - 1, 0)
+        rounded = lost + values[step]
+        if rounded.min() < best:
+            found = int(rounded.argmin())
+            best, where = float(rounded[found]), (stage, found, int(step[found]))
+        if stage == len(aims):
+            break
+        hopeful = lost + np.interp(left, breaks, values) < best - equal
+        if not hopeful.any():
+            break
+        kept = np.flatnonzero(hopeful)
+        options = relaxed.options(stage)
+        next_least = relaxed.rest(stage + 1)[0]
+        spent = np.add.outer(spent[kept], [weights[relaxed.order[stage]][j] for j in options])
+        lost = np.add.outer(lost[kept], [aims[relaxed.order[stage]][j] for j in options])
+        parent = np.repeat(kept, len(options))
+        option = np.tile(options, len(kept))
+        chosen = _undominated(spent.ravel(), lost.ravel(), room - next_least)
+        if len(chosen) > MOST_PARTIAL:
+            raise PrunaError(
+                f"the integer program keeps {len(chosen):,} partial choices, more than "
+                f"{MOST_PARTIAL:,}; give fewer widths, or another budget"
+            )
+        spent, lost = spent.ravel()[chosen], lost.ravel()[chosen]
+        trail.append((parent[chosen], option[chosen]))
+    return _picks(relaxed, trail, where)
 
 
-def _steps(rows: Sequence[Sequence[float]]) -> Table:
-    """What each option but the first has more than the first of its item."""
-    return np.array([value - row[0] for row in rows for value in row[1:]], dtype=np.float64)
+def _undominated(spent: Array, lost: Array, most: float) -> Any:
+    """The numbers of the partial choices within a weight that no other one beats, by weight."""
+    order = np.lexsort((lost, spent))
+    order = order[spent[order] <= most]
+    values = lost[order]
+    before = np.concatenate([[np.inf], np.minimum.accumulate(values)[:-1]])
+    return order[values < before]
 
 
-def _picks(taken: np.ndarray[Any, np.dtype[np.bool_]], first: Any) -> tuple[int, ...]:
-    found = []
-    for low, high in pairwise(first):
-        (chosen,) = np.nonzero(taken[low:high])
-        found.append(int(chosen[0]) + 1 if len(chosen) else 0)
-    return tuple(found)
+def _picks(
+    relaxed: _Relaxation, trail: Sequence[tuple[Array, Array]], where: tuple[int, int, int]
+) -> tuple[int, ...]:
+    """The options of a partial choice, with the rest of the items along the relaxation."""
+    stage, row, step = where
+    picks = relaxed.rounded(stage, step)
+    for earlier in reversed(range(stage)):
+        parent, option = trail[earlier]
+        picks[relaxed.order[earlier]] = int(option[row])
+        row = int(parent[row])
+    return tuple(picks)
+
+
+class _Relaxation:
+    """The linear relaxation of the last items of a program, as a function of the room left.
+
+    Attributes:
+        order: the items, those with the widest range of weights first.
+    """
+
+    def __init__(
+        self, aims: Sequence[Sequence[float]], weights: Sequence[Sequence[float]]
+    ) -> None:
+        self._aims, self._weights = aims, weights
+        self._useful = [_useful(a, w) for a, w in zip(aims, weights, strict=True)]
+        span = [
+            w[useful[-1]] - w[useful[0]]
+            for w, useful in zip(weights, self._useful, strict=True)
+        ]
+        self.order = sorted(range(len(aims)), key=lambda item: -span[item])
+        steps = [
+            (
+                (aims[item][b] - aims[item][a]) / (weights[item][b] - weights[item][a]),
+                place, number, b, weights[item][b] - weights[item][a],
+                aims[item][b] - aims[item][a],
+            )
+            for place, item in enumerate(self.order)
+            for number, (a, b) in enumerate(pairwise(_hull(self._useful[item], aims[item],
+                                                           weights[item])))
+        ]  # fmt: skip
+        steps.sort(key=lambda step: step[:3])
+        self._places = np.array([step[1] for step in steps], dtype=np.int64)
+        self._options = [step[3] for step in steps]
+        self._gains = np.array([step[4:] for step in steps], dtype=np.float64).reshape(-1, 2)
+
+    def options(self, stage: int) -> list[int]:
+        """The options of an item that no other of its options beats, by weight."""
+        return self._useful[self.order[stage]]
+
+    def rest(self, stage: int) -> tuple[float, Array, Array]:
+        """The least weight of the items from a stage on, and what more room makes of their aims.
+
+        Returns:
+            The least weight; the room above it at which the aims stop falling along a straight
+            line; and the aims there.
+        """
+        rest = self.order[stage:]
+        least = math.fsum(self._weights[item][self._useful[item][0]] for item in rest)
+        start = math.fsum(self._aims[item][self._useful[item][0]] for item in rest)
+        gains = self._gains[self._places >= stage]
+        path = np.cumsum(np.concatenate([[[0.0, start]], gains]), axis=0)
+        return least, path[:, 0], path[:, 1]
+
+    def rounded(self, stage: int, steps: int) -> list[int]:
+        """Picks for all items, those from a stage on after so many steps of the relaxation."""
+        picks = [useful[0] for useful in self._useful]
+        taken = np.flatnonzero(self._places >= stage)[:steps]
+        for number in taken:
+            picks[self.order[self._places[number]]] = self._options[number]
+        return picks
+
+
+def _useful(aims: Sequence[float], weights: Sequence[float]) -> list[int]:
+    """The options that no other one beats or equals in both, by rising weight."""
+    kept: list[int] = []
+    for option in sorted(range(len(aims)), key=lambda j: (weights[j], aims[j])):
+        if not kept or aims[option] < aims[kept[-1]]:
+            kept.append(option)
+    return kept
+
+
+def _hull(useful: Sequence[int], aims: Sequence[float], weights: Sequence[float]) -> list[int]:
+    """Those of the options that are on the lower convex hull of aim over weight."""
+    hull: list[int] = []
+    for c in useful:
+        while len(hull) > 1:
+            a, b = hull[-2:]
+            rise = (aims[b] - aims[a]) * (weights[c] - weights[a])
+            if rise < (aims[c] - aims[a]) * (weights[b] - weights[a]):
+                break
+            hull.pop()
+        hull.append(c)
+    return hull

@@ -1,12 +1,15 @@
-"""Allocation: against all combinations, what it refuses, and fronts that only fall."""
+"""Allocation: against all combinations and another solver; refusals; fronts that only fall."""
 
 from __future__ import annotations
 
+import time
 from itertools import pairwise, product
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import Bounds, LinearConstraint, milp
 
 from pruna_ir.allocation import (
     TOLERANCE,
@@ -17,7 +20,7 @@ from pruna_ir.allocation import (
     least_loss,
     pareto,
 )
-from pruna_ir.errors import UsageError
+from pruna_ir.errors import PrunaError, UsageError
 
 values = st.one_of(
     st.integers(0, 12).map(float),
@@ -127,18 +130,53 @@ def test_dominated_points_are_left_out() -> None:
     assert pareto([worse, equal, good]) in ([good], [equal])
 
 
-def test_many_layers_are_solved_in_seconds() -> None:
-    """400 layers with four widths each, of sizes and losses that differ by six decades."""
-    costs = tuple(
-        tuple(float((7 + 13 * i % 61) ** 2 * bits) for bits in (32, 8, 4, 2)) for i in range(400)
-    )
-    losses = tuple(
-        tuple(10.0 ** (i * 7919 % 600 / 100 - 6) * f for f in (0.0, 1e-3, 0.1, 1.0))
-        for i in range(400)
-    )
-    problem = Problem(costs, losses)
-    budget = 0.2 * sum(row[0] for row in costs)
+def many(count: int, seed: int) -> Problem:
+    """Layers of sizes and losses that differ by decades, with four widths each."""
+    rng = np.random.default_rng(seed)
+    size = rng.integers(1, 64, count) ** 2 * 144.0
+    costs = size[:, None] * np.array([32, 8, 4, 2]) / 8 + np.array([0, 512, 512, 512])
+    spread = rng.uniform(0.8, 1.2, (count, 4)) * np.array([0, 1e-3, 0.1, 1.0])
+    losses = 10.0 ** rng.uniform(-6, -2, count)[:, None] * spread
+    return Problem(tuple(map(tuple, costs.tolist())), tuple(map(tuple, losses.tolist())))
+
+
+def by_highs(problem: Problem, budget: float) -> float:
+    """The least loss as a branch and bound solver finds it."""
+    costs, losses = np.array(problem.costs), np.array(problem.losses)
+    one_each = np.kron(np.eye(len(costs)), np.ones(costs.shape[1]))
+    scale = 1e6 / losses.max(1).sum()
+    answer = milp(
+        losses.ravel() * scale, integrality=np.ones(losses.size, np.int64), bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(one_each, 1.0, 1.0),
+            LinearConstraint(costs.reshape(1, -1) / budget, -np.inf, 1.0),
+        ],
+        options={"mip_rel_gap": 0.0},
+    )  # fmt: skip
+    return float(answer.fun / scale)
+
+
+@pytest.mark.parametrize(("count", "share"), [(20, 0.2), (60, 0.13), (60, 0.3), (150, 0.2)])
+def test_a_branch_and_bound_solver_finds_nothing_better(count: int, share: float) -> None:
+    problem = many(count, count)
+    budget = share * sum(row[0] for row in problem.costs)
     found = least_loss(problem, budget)
     assert found.cost <= budget
-    uniform = problem.point([1] * 200 + [2] * 200)
-    assert found.loss < uniform.loss
+    assert found.loss == pytest.approx(by_highs(problem, budget), rel=1e-6)
+
+
+def test_many_layers_are_solved_in_seconds() -> None:
+    problem = many(400, 0)
+    start = time.process_time()
+    found = front(problem, 10)
+    assert len(found) == 10
+    assert time.process_time() - start < 30
+
+
+def test_what_is_too_hard_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs and losses that are proportional: only trying all sums tells them apart."""
+    costs = tuple((float(np.sqrt(2 + i)), 0.0) for i in range(24))
+    losses = tuple((0.0, row[0]) for row in costs)
+    monkeypatch.setattr("pruna_ir.allocation.MOST_PARTIAL", 1000)
+    with pytest.raises(PrunaError, match="partial choices, more than 1,000"):
+        least_loss(Problem(costs, losses), 31.4159)
