@@ -241,15 +241,37 @@ class StoredWeight:
     def parameters(self) -> tuple[Tensor, Tensor]:
         """The scale and zero point of every element, [outputs, inputs], float64."""
         bound = bind_arguments(self.fake)
+        values = (self.program.tensor(str(bound[key].target)) for key in ("scale", "zero_point"))
+        scale, zero = (self._each(value.detach().double()) for value in values)
+        return scale, zero
+
+    def numbers(self) -> Tensor:
+        """Which of the scales each element has, [outputs, inputs]."""
+        scale = self.program.tensor(str(bind_arguments(self.fake)["scale"].target))
+        return self._each(torch.arange(scale.numel(), device=scale.device))
+
+    def _each(self, value: Tensor) -> Tensor:
+        """One value, or one for each channel of the fake-quant, for every element."""
+        bound = bind_arguments(self.fake)
         shape = tuple(int(size) for size in shape_of(bound["x"]) or ())
         along = [1] * len(shape)
         if bound["axis"] is not None:
             along[bound["axis"]] = -1
-        found = []
-        for key in ("scale", "zero_point"):
-            value = self.program.tensor(str(bound[key].target)).detach().double()
-            found.append(self._spread(value.reshape(along).expand(shape)))
-        return found[0], found[1]
+        return self._spread(value.reshape(along).expand(shape))
+
+    def block(self) -> int:
+        """How many inputs share a scale, from the start of each row on.
+
+        0 where rows share scales, or blocks are not of one size.
+        """
+        numbers = self.numbers()
+        outputs, inputs = numbers.shape
+        changes = torch.nonzero(numbers[0].diff())
+        size = int(changes[0]) + 1 if len(changes) else inputs
+        count = -(-inputs // size)
+        firsts = numbers[:, ::size]
+        regular = torch.equal(firsts.repeat_interleave(size, 1)[:, :inputs], numbers)
+        return size if regular and len(set(firsts.flatten().tolist())) == outputs * count else 0
 
     def stored(self, matrix: Tensor) -> Tensor:
         """A weight [outputs, inputs] in the parameter's own shape and order."""

@@ -15,7 +15,16 @@ from pruna_ir.data import TensorData
 from pruna_ir.errors import PassError, UsageError
 from pruna_ir.passes.compensate_rounding import CompensateRounding, NotWorse, OnGrid, gram
 from pruna_ir.passes.insert_fake_quant import InsertFakeQuant
-from pruna_ir.passes.optimal_rounding import errors, gptq, inverse_factor, rounded
+from pruna_ir.passes.optimal_rounding import (
+    Objective,
+    Rounding,
+    errors,
+    fitted,
+    gptq,
+    inverse_factor,
+    refitted,
+    rounded,
+)
 from pruna_ir.passes.quantize_weights import QuantizeWeights
 from pruna_ir.passes.weight_blocks import stored_weight
 from pruna_ir.program import Program
@@ -24,6 +33,7 @@ from pruna_ir.verify import verify
 from tests.passes.products import captured, correlated, gpt2, products, tied
 
 DATA = correlated()
+WEIGHTS = {"wide.weight", "turned.weight", "head.weight"}
 
 
 def quantised(program: Program, **options) -> Program:
@@ -129,11 +139,80 @@ def test_a_ridge_below_rounding_is_refused() -> None:
         inverse_factor(ones, 1e-18)
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 13), st.integers(1, 5), st.integers(0, 10**6))
+def test_refitted_scales_are_those_of_least_squares(
+    outputs: int, inputs: int, block: int, seed: int
+) -> None:
+    """The best scales of fixed levels, from the data itself: one column for each block."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(40, inputs, generator=generator, dtype=torch.float64)
+    levels = torch.randint(1, 8, (outputs, inputs), generator=generator).double()
+    true = torch.rand(outputs, -(-inputs // block), generator=generator).double() + 0.5
+    spread = true.repeat_interleave(block, 1)[:, :inputs]
+    weight = levels * spread + 1e-3 * torch.randn(
+        outputs, inputs, generator=generator, dtype=torch.float64
+    )
+    start = Rounding(levels, torch.full_like(weight, 2.0))
+    found = refitted(weight, start, x.mT @ x, block)
+    for row in range(outputs):
+        blocks = [slice(b, b + block) for b in range(0, inputs, block)]
+        columns = [x[:, b] @ levels[row, b] for b in blocks]
+        wanted = torch.linalg.lstsq(torch.stack(columns, 1), x @ weight[row]).solution
+        torch.testing.assert_close(found[row, ::block], wanted, rtol=1e-5, atol=0)
+
+
+def test_rows_whose_best_scale_is_not_positive_keep_theirs() -> None:
+    weight = torch.tensor([[1.0, 2.0], [1.0, 2.0]], dtype=torch.float64)
+    levels = torch.tensor([[-1.0, -2.0], [1.0, 1.0]], dtype=torch.float64)
+    start = Rounding(levels, torch.full_like(weight, 4.0))
+    found = refitted(weight, start, torch.eye(2, dtype=torch.float64), 2)
+    assert found.float().tolist() == [[4.0, 4.0], [1.5, 1.5]]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(0, 10**6))
+def test_the_objective_is_the_error_of_the_product(outputs: int, inputs: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (30, 30, outputs, outputs)
+    draws = (torch.randn(size, inputs, generator=generator).double() for size in sizes)
+    x, f, weight, found = draws
+    drift, spread = (f - x).mT @ x, (f - x).mT @ (f - x)
+    objective = Objective(weight, x.mT @ x, drift, spread)
+    wanted = (f @ weight.mT - x @ found.mT).square().sum(0)
+    torch.testing.assert_close(objective.errors(found), wanted)
+    # Nothing is better than the aim, without a ridge.
+    aim = objective.aim(1e-12)
+    assert (objective.errors(aim) <= wanted + 1e-9).all()
+    best = torch.linalg.lstsq(x, f @ weight.mT).solution.mT
+    torch.testing.assert_close(aim, best, rtol=1e-6, atol=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 4), st.integers(2, 24), st.integers(0, 3), st.integers(0, 10**6))
+def test_no_row_errs_more_than_the_nearest(
+    outputs: int, inputs: int, refits: int, seed: int
+) -> None:
+    weight, scale, zero, hessian = problem(outputs, inputs, 30, seed)
+    objective = Objective(weight, hessian)
+    found = fitted(
+        objective, scale, zero, -8, 7, damping=0.01, act_order=True, refits=refits, block=inputs
+    )
+    nearest = rounded(weight, scale, zero, -8, 7)
+    assert (objective.errors(found.matrix) <= objective.errors(nearest)).all()
+    levels = found.levels + zero
+    assert torch.equal(levels, levels.round())
+    assert levels.min() >= -8
+    assert levels.max() <= 7
+    if not refits:
+        assert torch.equal(found.scale, scale)
+
+
 @pytest.mark.parametrize("options", [{}, {"symmetric": False}, {"block": 0}, {"bits": 8}])
-@pytest.mark.parametrize("act_order", [True, False])
-def test_the_promise_holds(options, act_order: bool) -> None:
+@pytest.mark.parametrize("choice", [{}, {"act_order": False}, {"refits": 0}, {"follow": False}])
+def test_the_promise_holds(options, choice) -> None:
     program = quantised(products(), **options)
-    pass_ = CompensateRounding(act_order=act_order)
+    pass_ = CompensateRounding(**choice)
     context = Context(data=DATA)
     result = apply(pass_, program, context)
     assert len([r for r in result.remarks if r.kind == "applied"]) == 3
@@ -157,18 +236,51 @@ def test_the_origin_and_the_grids_stay() -> None:
     assert result.origin is program.origin
     for name, tensor in program.tensors().items():
         same = torch.equal(result.tensor(name), tensor)
-        assert same == (name not in {"wide.weight", "turned.weight", "head.weight"})
+        assert same == (name.split("_")[0] not in WEIGHTS or name.endswith("zero_point"))
+
+
+def test_without_refits_the_scales_stay() -> None:
+    program = quantised(products())
+    result = compensated(program, refits=0).program
+    changed = {n for n, t in program.tensors().items() if not torch.equal(result.tensor(n), t)}
+    assert changed == WEIGHTS
 
 
 def test_a_second_run_changes_nothing() -> None:
     once = compensated(quantised(products())).program
-    assert compensated(once).program.hash() == once.hash()
+    again = compensated(once)
+    assert again.program.hash() == once.hash()
+    assert {r.message for r in again.remarks} == {
+        "rounded to nearest: its weight is on its grid already, and its float values are gone"
+    }
 
 
 def test_weights_that_insert_fake_quant_left_are_rounded_too() -> None:
     program = apply(InsertFakeQuant(target="onnx"), products(), Context(data=DATA)).program
     result = compensated(program)
     assert len([r for r in result.remarks if r.kind == "applied"]) == 3
+
+
+def test_following_the_float_program_makes_up_for_layers_before() -> None:
+    """The same levels and scales to choose from; the second product undoes what it can."""
+    program = products()
+    truth = torch.cat([program(b.inputs[0])[0] for b in DATA])
+    nearest = quantised(program, bits=4, block=0)
+
+    def error(**options) -> float:
+        found = compensated(nearest, **options).program
+        return (torch.cat([found(b.inputs[0])[0] for b in DATA]) - truth).square().sum().item()
+
+    assert error(follow=True) < 0.9 * error(follow=False)
+
+
+def test_without_a_float_program_it_follows_its_inputs() -> None:
+    program = quantised(products())
+    alone = replace(program, origin=None)
+    result = compensated(alone)
+    assert result.program.hash() == compensated(program, follow=False).program.hash()
+    notes = [r.message for r in result.remarks if r.kind == "note"]
+    assert notes == ["the float program has no such product to follow"] * 3
 
 
 def test_gpt2() -> None:
@@ -229,7 +341,7 @@ def test_data_must_be_there() -> None:
         apply(CompensateRounding(), quantised(products()))
 
 
-@pytest.mark.parametrize("options", [{"damping": 0.0}, {"max_inputs": 0}])
+@pytest.mark.parametrize("options", [{"damping": 0.0}, {"max_inputs": 0}, {"refits": -1}])
 def test_options_out_of_range_are_refused(options) -> None:
     with pytest.raises(UsageError, match=next(iter(options))):
         CompensateRounding(**options)
