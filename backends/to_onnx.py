@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from pruna_ir.backends.onnx_profile import module_names
 from pruna_ir.errors import LoweringError, ToolchainError
@@ -45,7 +46,7 @@ from pruna_ir.lowering import (
 from pruna_ir.onnx_blocks import pack_products
 from pruna_ir.onnx_coverage import onnx_unsupported
 from pruna_ir.onnx_export import OPSET, export_onnx
-from pruna_ir.program import Program
+from pruna_ir.program import Program, dtype_of
 from pruna_ir.quantization import U8_ASYMMETRIC, QuantScheme
 from pruna_ir.transform import API_VERSION, Context
 
@@ -68,8 +69,8 @@ class ToOnnx:
         return Availability(_missing(_BUILD), _missing(_EXECUTE))
 
     def unsupported(self, program: Program) -> list[Offender]:
-        """Every node for which ``torch.onnx`` has neither a translation nor a decomposition."""
-        return onnx_unsupported(program)
+        """Every node for which ``torch.onnx`` has no translation, or ONNX Runtime no kernel."""
+        return [*onnx_unsupported(program), *_in_bfloat16(program)]
 
     def lower(self, program: Program, folder: Path, context: Context) -> Lowered:
         """Write ``model.onnx``.
@@ -99,6 +100,16 @@ class ToOnnx:
         if missing := self.availability().execute:
             raise ToolchainError(missing)
         return OnnxRunner(folder / MAIN, options, _stated_optimizers(folder))
+
+
+def _in_bfloat16(program: Program) -> list[Offender]:
+    """The calls that compute in bfloat16: ONNX Runtime refuses such models on the CPU."""
+    reason = "ONNX Runtime has no bfloat16 kernels on the CPU; cast to float16, or keep float32"
+    return [
+        Offender.of(node, reason)
+        for node in program.calls()
+        if dtype_of(node) is torch.bfloat16
+    ]
 
 
 def _missing(packages: Sequence[str]) -> str:
