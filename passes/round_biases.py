@@ -88,7 +88,7 @@ class RoundBiases(Pass):
             if new is None:
                 rw.skip(node, "its bias exceeds 32 bits in steps of the scales' product")
             elif not torch.equal(new, old):
-                rw.derive(bias, new, node)
+                _set_bias(rw, node, rw.derive(bias, new, node))
                 rounded.append(node.name)
                 moved = float(((new.double() - old.double()) / step.double()).abs().max())
                 rw.applied(node, f"bias moved by up to {moved:.3g} of its steps")
@@ -96,6 +96,13 @@ class RoundBiases(Pass):
         if rounded:
             rw.assure(OnSteps(tuple(rounded)))
             rw.assure(Untouched(tuple(_names(rw.program, rounded))))
+
+
+def _set_bias(rw: Rewrite, node: fx.Node, bias: fx.Node) -> None:
+    name = _FORMS[node.target].bias
+    assert name is not None
+    if rw.call(node).producer(name) is not bias:
+        rw.update(node, **{name: bias})
 
 
 def _biased(program: Program) -> Iterator[tuple[fx.Node, fx.Node]]:
@@ -162,13 +169,13 @@ class OnSteps:
 
     def __call__(self, before: Program, after: Program, context: Context) -> list[Finding]:  # noqa: ARG002
         """Two figures: the largest distance from a multiple, and from the old bias, in steps."""
-        old = {node.name: before.tensor(str(bias.target)) for node, bias in _biased(before)}
+        old = {n.name: before.tensor(str(bias.target)).detach() for n, bias in _biased(before)}
         apart = moved = 0.0
         stored = 1e-9  # in steps
         for node, bias in _biased(after):
             if node.name not in self.layers:
                 continue
-            step, new = _step(after, node), after.tensor(str(bias.target))
+            step, new = _step(after, node), after.tensor(str(bias.target)).detach()
             assert isinstance(step, Tensor)
             steps = new.double() / step.double()
             apart = max(apart, float((steps - steps.round()).abs().max()))
