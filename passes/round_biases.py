@@ -57,7 +57,7 @@ class RoundBiases(Pass):
     >>> context = Context(data=TensorData((torch.randn(64, 3),)), target="onnx")
     >>> program = capture(torch.nn.Linear(3, 2).eval(), (torch.zeros(2, 3),))
     >>> low = Pipeline.parse("insert-fake-quant,round-biases").run(program, context).program
-    >>> step = low.tensor("x_scale") * low.tensor("weight_scale")
+    >>> step = low.tensor("input_1_scale") * low.tensor("weight_scale")
     >>> steps = low.tensor("bias") / step
     >>> bool((steps - steps.round()).abs().max() < 1e-3)
     True

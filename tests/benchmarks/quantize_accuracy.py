@@ -14,7 +14,8 @@ Ours, each quantised for the runtime that executes it:
     W4A8   equalised, learned rounding (AdaRound), biases corrected; for ``--few-bits-target``
     W4A4   with ``--w4a4 FILE``, ResNet-20: the program of FILE, or, where there is no such file
            yet, one trained here (LSQ, towards the float network's scores, ``--epochs`` over the
-           five training parts, 8 bits in the first and the last layer), which is written to it
+           five training parts, 8 bits in the first and the last layer), which is written to it;
+           a training that was stopped goes on from ``FILE.checkpoint``
 
 ``= sim`` is the share of images on which the artifact and the program run by torch choose the same
 class; ``integers`` how many convolutions and linear layers the runtime says run in integers ("-"
@@ -68,7 +69,7 @@ LOSS = {"W8A8": 0.1, "W4A8": 1.0, "W4A4": 1.0}
 AGREEMENT = 99.9
 """The least share of images, in percent, that W8A8 and its simulation classify alike."""
 TRAINED = "trained"
-"""The attribute of a W4A4 program that says how long it was trained."""
+"""The attribute of a W4A4 program that says on how much it was trained."""
 
 
 @dataclass(frozen=True)
@@ -291,7 +292,6 @@ def trained(net: Net, arguments: argparse.Namespace) -> Program:
     """The W4A4 program of the file, trained and written there where the file is missing."""
     if arguments.w4a4.exists():
         return load_program(arguments.w4a4)
-    start = time.perf_counter()
     load, seed = net.bench.load, arguments.seed
     before = quantised(
         float_program(load, net.depth), load, arguments.few_bits_target, (4, 4), seed
@@ -305,7 +305,7 @@ def trained(net: Net, arguments: argparse.Namespace) -> Program:
         options, before, Context(data=data, seed=seed, progress=net.bench.console.progress)
     ).program
     net.bench.console.hide_progress()
-    budget = f"{arguments.epochs} epochs, {(time.perf_counter() - start) / 60:.0f} min"
+    budget = f"{arguments.epochs} epochs of {data.count} images"
     program = replace(program, attributes={**program.attributes, TRAINED: budget})
     save_program(program, arguments.w4a4)
     return program
@@ -352,7 +352,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=300, help="of learned rounding, W4A8")
     parser.add_argument("--few-bits-target", default="openvino", choices=BACKENDS)
     parser.add_argument("--w4a4", type=Path, default=None, help="the file of the W4A4 program")
-    parser.add_argument("--epochs", type=int, default=3, help="of training, W4A4")
+    parser.add_argument("--epochs", type=int, default=2, help="of training, W4A4")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
