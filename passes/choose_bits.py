@@ -46,14 +46,18 @@ from pruna_ir.passes.quant_insertion import DEFAULT_SAMPLES, Insertion, noise_bu
 from pruna_ir.program import Program
 from pruna_ir.transform import Effect, Pass, Rewrite
 
+DEFAULT_BUDGET = 0.25
+"""The share of the float program's cost where the options say nothing."""
+
 
 @dataclass(frozen=True)
 class ChooseBits(Pass):
     """Give each layer the bits that a budget allows and its measured sensitivity asks for.
 
     Options:
-        budget: the greatest cost, as a share of the float program's; or give ``limit``.
-        limit: the greatest predicted loss, in the unit of ``measure``; the cost is minimised.
+        budget: the greatest cost, as a share of the float program's; 0.25 where neither this nor
+            ``limit`` is given. The loss is minimised.
+        limit: the greatest predicted loss, in the unit of ``measure``. The cost is minimised.
         of: what costs: ``size`` (bytes), ``operations`` (bit operations) or ``latency`` (on the
             target, by its profiler).
         measure: what is lost: ``noise`` over signal of the outputs, ``loss`` (cross entropy
@@ -92,10 +96,10 @@ class ChooseBits(Pass):
     sqnr_db: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.budget is None) == (self.limit is None):
+        if self.budget is not None and self.limit is not None:
             raise UsageError(
                 f"{self.name}: give either budget, a share of the float program's cost, or limit, "
-                "the greatest loss"
+                "the greatest loss; the other is minimised"
             )
         if self.budget is not None and not self.budget > 0.0:
             raise UsageError(f"{self.name}: budget must be above 0, not {self.budget}")
@@ -137,8 +141,9 @@ class ChooseBits(Pass):
         priced = self._priced(rw)
         target, seed = self.target or rw.context.target, rw.context.seed
         costs = costs_of(self.of, priced, target, seed)
-        if self.budget is not None:
-            check_budget(self.name, self.of, self.budget, costs)
+        budget = DEFAULT_BUDGET if self.budget is None and self.limit is None else self.budget
+        if budget is not None:
+            check_budget(self.name, self.of, budget, costs)
         losses = Losses(priced.base, batches, self.measure)
         lost = sensitivities(
             losses, priced.base, priced.groups, priced.quantised(), rw.context.progress
@@ -146,7 +151,7 @@ class ChooseBits(Pass):
         search = Search(self.measure, priced, costs, losses, lost)
         if self.limit is not None:
             check_limit(self.name, self.limit, search)
-        chosen = search.solved(self.budget, self.limit)
+        chosen = search.solved(budget, self.limit)
         inserted = self._insert(rw, search.widths(chosen))
         kind, samples = self.of, sum(rows(rw.before, batch.inputs) for batch in batches)
         price = inserted_cost(kind, inserted, priced.base, costs, chosen.cost, target, seed)

@@ -72,6 +72,14 @@ def test_an_insensitive_layer_gets_few_bits() -> None:
     assert cost(result.program).bytes <= 0.345 * cost(planted()).bytes
 
 
+def test_by_default_a_quarter_of_the_size_is_kept() -> None:
+    program = chain()
+    result = chosen(program, samples(7), widths=("w8a8", "w2a8"), granularity="tensor")
+    found = weight_bits(result.program)
+    assert len(found) == 3
+    assert cost(result.program).bytes <= 0.25 * cost(program).bytes < cost(program).bytes
+
+
 def test_with_room_for_all_nothing_is_quantised() -> None:
     program = planted()
     result = chosen(program, samples(12), budget=1.0)
@@ -192,8 +200,7 @@ def test_options_round_trip_through_pipeline_text() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "give either budget, a share of the float program's cost, or limit"),
-        ({"budget": 0.5, "limit": 0.1}, "give either budget"),
+        ({"budget": 0.5, "limit": 0.1}, "give either budget, a share of the float program's cost"),
         ({"budget": 0.0}, "budget must be above 0, not 0"),
         ({"limit": -1.0}, "limit must be at least 0, not -1"),
         ({"budget": 0.5, "points": 1}, "points must be at least 2, not 1"),
