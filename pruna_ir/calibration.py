@@ -33,6 +33,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import fx
 
+from pruna_ir.bin_counts import bin_counts
 from pruna_ir.data import DataSource
 from pruna_ir.divergence import halved, least_divergence, running_sums
 from pruna_ir.errors import PassError, UsageError
@@ -43,10 +44,9 @@ from pruna_ir.transform import Progress, no_progress
 Method = Literal["minmax", "mse", "percentile", "kl"]
 METHODS: tuple[str, ...] = get_args(Method)
 
-_CHUNK = 1 << 18
-"""Elements binned at a time, so that the intermediate stays in cache."""
 _SMALLEST_EXPONENT = -126
 """Bins are not narrower than the smallest normal float32."""
+_MOST = torch.finfo(torch.float32).max
 
 
 class Observer(Protocol):
@@ -75,8 +75,17 @@ class MinMax:
 
     def update(self, x: torch.Tensor) -> None:
         """Take in the finite, non-empty tensor ``x``."""
-        least, most = torch.aminmax(x.detach())
-        self.low, self.high = min(self.low, float(least)), max(self.high, float(most))
+        self.widen(*bounds(x))
+
+    def widen(self, least: float, most: float) -> None:
+        """`update`, with the smallest and largest value of a tensor."""
+        self.low, self.high = min(self.low, least), max(self.high, most)
+
+
+def bounds(x: torch.Tensor) -> tuple[float, float]:
+    """The smallest and the largest value of a non-empty tensor; NaN where it holds one."""
+    least, most = torch.aminmax(x.detach())
+    return float(least), float(most)
 
 
 class Histogram:
@@ -118,23 +127,14 @@ class Histogram:
 
     def update(self, x: torch.Tensor) -> None:
         """Take in the finite, non-empty tensor ``x``."""
-        flat = x.detach().reshape(-1)
-        least, most = (float(bound) for bound in torch.aminmax(flat))
+        self.take(x, *bounds(x))
+
+    def take(self, x: torch.Tensor, least: float, most: float) -> None:
+        """`update`, for a tensor whose smallest and largest value are known already."""
         self._cover(min(self.low, least), max(self.high, most))
-        for start in range(0, len(flat), _CHUNK):
-            chunk = flat[start : start + _CHUNK]
-            work = chunk.to(torch.float64 if chunk.dtype is torch.float64 else torch.float32)
-            # Exact, as a chunk has fewer than 2**24 values, and several times as fast as
-            # count_nonzero.
-            zeros = int(torch.eq(work, 0, out=torch.empty_like(work)).sum())
-            index = (work * math.ldexp(1.0, -self.exponent)).floor_()
-            if least < 0 and self.exponent > 0:
-                # A tiny negative value may underflow to 0 on the way, which is the bin above.
-                index.masked_fill_((index == 0) & (work < 0), -1)
-            index.sub_(self.first)
-            self.counts += torch.bincount(index.to(torch.int32), minlength=len(self.counts)).cpu()
-            self.counts[-self.first] -= zeros
-            self.zeros += zeros
+        found = bin_counts(x, self.exponent, self.first, len(self.counts), signed=least < 0)
+        self.counts += found.counts
+        self.zeros += found.zeros
 
     def merge(self, other: Histogram) -> None:
         """Take in everything that another histogram has taken in."""
@@ -437,13 +437,18 @@ class _Walk(fx.Interpreter):
             raise PassError(f"{layer}: only float tensors have a range to calibrate")
         if not value.numel():
             return
-        least, most = (bound.float() for bound in torch.aminmax(value))
-        if not (bool(torch.isfinite(least)) and bool(torch.isfinite(most))):
+        least, most = bounds(value)
+        if not (least >= -_MOST and most <= _MOST):
             raise PassError(
                 f"{layer} ({node.name}) computes NaN, infinity or more than float32 holds on "
                 f"calibration batch {self.batch}; repair data or model, or exclude the layer"
             )
-        seen.update(value)
+        if isinstance(seen, Histogram):
+            seen.take(value, least, most)
+        elif isinstance(seen, MinMax):
+            seen.widen(least, most)
+        else:
+            seen.update(value)
 
 
 def layer_name(node: fx.Node) -> str:
