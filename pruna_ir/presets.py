@@ -28,13 +28,13 @@ PRESETS: tuple[Preset, ...] = (
     Preset(
         "int8",
         "Static int8 quantisation on each target's own grid; calibrate with --data.",
-        f"{_FOLD},fuse-conv-bn-relu,insert-fake-quant,eliminate-dead-code",
+        f"{_FOLD},fuse-conv-bn-relu,insert-fake-quant,round-biases,eliminate-dead-code",
     ),
     Preset(
         "prune-int8",
         "30% of the channels removed, then int8. Pruning costs accuracy: fine-tune afterwards.",
         "canonicalize,fold-constants,prune-channels{ratio=0.3},fold-batch-norm,"
-        "fuse-conv-bn-relu,insert-fake-quant,eliminate-dead-code",
+        "fuse-conv-bn-relu,insert-fake-quant,round-biases,eliminate-dead-code",
     ),
 )
 
