@@ -12,6 +12,9 @@ buffers next to the layer's parameters (``conv1.weight_scale``).
 
 What is promised of the result beside a noise budget is in `quant_promises`.
 
+Residual adds and average pools are quantised only next to a quantised layer: between layers that
+stay float they would cost accuracy and conversions for nothing.
+
 Limits: at most the bits of the target's grids; embedding tables stay float.
 """
 
@@ -51,6 +54,7 @@ from pruna_ir.passes.bit_widths import (
 )
 from pruna_ir.passes.quant_placement import (
     ATTENTION,
+    AVERAGES,
     KINDS,
     Placement,
     candidates,
@@ -203,7 +207,11 @@ class Insertion:
                 chosen[node] = width
             elif node.target in KINDS:
                 rw.skip(node, reason)
-        return chosen
+        quantised = {node for node in chosen if node.target in KINDS}
+        return {
+            node: width for node, width in chosen.items()
+            if node in quantised or any(n in quantised or _reads_fake_quant(n) for n in near(node))
+        }  # fmt: skip
 
     def _excluded(self, node: fx.Node) -> str:
         hit = next((glob for glob in self.exclude if matches(node, glob)), None)
@@ -356,6 +364,46 @@ def _unquantisable(
     if weight not in computed:
         return "its weight is computed from constants; run fold-constants first"
     return "" if scheme.attention else "a product of two activations: the target keeps it float"
+
+
+def near(node: fx.Node) -> set[fx.Node]:
+    """The layers whose results an add or average pool reads, and those that read its result.
+
+    Nothing but operators that are no layer, add or pool may stand between.
+    """
+    found: set[fx.Node] = set()
+    for step in (_operands, _readers):
+        pending, seen = step(node), {node}
+        while pending:
+            other = pending.pop()
+            if other in seen:
+                continue
+            seen.add(other)
+            if other.target in KINDS:
+                found.add(other)
+            elif not _is_border(other):
+                pending += step(other)
+    return found
+
+
+def _is_border(node: fx.Node) -> bool:
+    """Whether a node is an average pool, or an add of two computed values."""
+    if node.target is aten.add.Tensor:
+        return sum(source.op != "get_attr" for source in node.all_input_nodes) > 1
+    return node.target in AVERAGES
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    return [other for other in node.all_input_nodes if other.op == "call_function"]
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    return [other for other in node.users if other.op == "call_function"]
+
+
+def _reads_fake_quant(node: fx.Node) -> bool:
+    """Whether a layer was quantised before, by a run on another scope."""
+    return any(is_quantised(source) for source in node.all_input_nodes)
 
 
 def _note_float_parts(rw: Rewrite, scheme: QuantScheme) -> None:
