@@ -96,8 +96,7 @@ def _unsigned(
     longest, dtype = chunks[0], _precision(chunks[0])
     work = torch.empty_like(longest, dtype=dtype)
     index = torch.empty_like(longest, dtype=_index_dtype(above + _SPREAD))
-    turns = torch.arange(len(longest), device=work.device).remainder_(_SPREAD)
-    turns = turns.add_(1).neg_().to(index.dtype)
+    turns = _turns(index.dtype, longest.device)
     found = torch.zeros(_SPREAD + above, dtype=torch.int64)
     factor, stand_in = math.ldexp(1.0, -exponent), -math.ldexp(_SPREAD, exponent)
     for chunk in chunks:
@@ -129,6 +128,14 @@ def _signed(chunks: tuple[torch.Tensor, ...], exponent: int, first: int, bins: i
         counts += torch.bincount(index.to(_index_dtype(bins)), minlength=bins).cpu()
     counts[-first] -= zeros
     return BinCounts(counts, zeros)
+
+
+@cache
+def _turns(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """-1 to -`_SPREAD` again and again, for the longest chunk there is."""
+    longest = max(_CHUNK, _SHARED_CHUNK) if device.type == "cpu" else _FAR_CHUNK
+    once = -1 - torch.arange(_SPREAD, dtype=dtype, device=device)
+    return once.repeat(longest // _SPREAD)
 
 
 def _precision(chunk: torch.Tensor) -> torch.dtype:

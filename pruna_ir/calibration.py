@@ -1,12 +1,14 @@
 """Calibration: what ranges the tensors of a program take on data, and which range to keep.
 
-One walk over the data. The graph is interpreted node by node, values are freed at their last use,
-and each observed tensor is folded into an observer of fixed size; no activation is kept.
+One walk over the data (see `packed_walk`). Values are freed at their last use, and each observed
+tensor is folded into an observer of fixed size; no activation is kept. Values are the program's up
+to rounding: convolutions run in oneDNN's own layouts, and large batches in parts.
 
 `Histogram` counts values in bins of width w = 2**k at integer multiples of w. Where the values
 outgrow its bins, w doubles and pairs of bins merge. Since k depends on the overall range alone,
-the result is the same for every order and every split of the data, and equals the histogram that
-one pass over all data at once would give.
+the histogram of given values is the same for every order and every split of them, and equals the
+one that a pass over all of them at once would give. (A convolution or linear layer may itself
+round differently in batches of another size, so that values near an edge change their bins.)
 
 From a histogram, four ranges:
 
@@ -33,10 +35,11 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import fx
 
-from pruna_ir.bin_counts import bin_counts
+from pruna_ir.bin_counts import bin_counts, flattened
 from pruna_ir.data import DataSource
 from pruna_ir.divergence import halved, least_divergence, running_sums
 from pruna_ir.errors import PassError, UsageError
+from pruna_ir.packed_walk import PackedWalk
 from pruna_ir.program import Program, module_path
 from pruna_ir.quantization import Grid, QuantParameters, choose_parameters
 from pruna_ir.transform import Progress, no_progress
@@ -50,7 +53,10 @@ _MOST = torch.finfo(torch.float32).max
 
 
 class Observer(Protocol):
-    """Something of fixed size that summarises all values that a tensor takes."""
+    """Something of fixed size that summarises all values that a tensor takes.
+
+    It must not matter how the values are split into calls, nor which strides they have.
+    """
 
     low: float
     high: float
@@ -84,7 +90,8 @@ class MinMax:
 
 def bounds(x: torch.Tensor) -> tuple[float, float]:
     """The smallest and the largest value of a non-empty tensor; NaN where it holds one."""
-    least, most = torch.aminmax(x.detach())
+    # Flattened, as torch copies what is not in the order of its dimensions.
+    least, most = torch.aminmax(flattened(x.detach()))
     return float(least), float(most)
 
 
@@ -344,12 +351,12 @@ def observe(
     """
     if samples < 1:
         raise UsageError(f"calibration needs at least 1 sample, not {samples}")
-    walk = _Walk(program, observers)
+    shown = _Shown(observers)
+    walk = PackedWalk(program, observers, shown)
     done = 0
     for number, inputs in enumerate(runs(program, data, samples)):
-        walk.batch = number
-        with torch.no_grad():
-            walk.run(*inputs)
+        shown.batch = number
+        walk.walk(inputs)
         done += _rows(inputs)
         progress("calibrate", done, max(done, min(samples, len(data) * _rows(inputs))))
     return done
@@ -415,23 +422,16 @@ def too_few(owner: str, there: int, samples: int) -> UsageError:
     )
 
 
-class _Walk(fx.Interpreter):
-    """Runs a graph, frees every value at its last use and shows some values to observers."""
+class _Shown:
+    """Shows values to their observers; refuses those that have no range."""
 
-    def __init__(self, program: Program, observers: Mapping[fx.Node, Observer]) -> None:
-        super().__init__(program.module, garbage_collect_values=True, graph=program.graph)
+    def __init__(self, observers: Mapping[fx.Node, Observer]) -> None:
         self.observers = observers
         self.batch = 0
 
-    def run_node(self, n: fx.Node) -> Any:
-        """The node's value, after its observer has seen it."""
-        value = super().run_node(n)
-        seen = self.observers.get(n)
-        if seen is not None:
-            self._show(seen, n, value)
-        return value
-
-    def _show(self, seen: Observer, node: fx.Node, value: Any) -> None:
+    def __call__(self, node: fx.Node, value: Any) -> None:
+        """Let the node's observer see its value."""
+        seen = self.observers[node]
         layer = layer_name(node)
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             raise PassError(f"{layer}: only float tensors have a range to calibrate")
