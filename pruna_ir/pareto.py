@@ -126,7 +126,7 @@ class BitSearch:
         """One line: what it costs, what it was predicted to lose and what it does lose."""
         share = self.chosen.cost / self.reference if self.reference else math.nan
         return (
-            f"{self.chosen.cost:.4g} {self.unit} ({share:.1%} of float), {self.measure} "
+            f"{self.chosen.cost:.6g} {self.unit} ({share:.1%} of float), {self.measure} "
             f"{self.chosen.predicted:.3g} predicted, {self.chosen.measured:.3g} measured for the "
             "layers together"
         )
