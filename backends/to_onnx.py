@@ -217,6 +217,8 @@ _PRODUCTS = frozenset(
         "MatMulIntegerToFloat", "QGemm", "QLinearMatMul",
     }
 )  # fmt: skip
+_SCALED = frozenset({"QGemm", "QLinearMatMul"})
+"""Products whose first operand's scale and zero point stand before the second operand."""
 _WEIGHT_ONLY = "MatMulNBits"
 _LAYERS = frozenset({"attention", "conv", "linear", "matmul"})
 _ATTENTION = frozenset({"Attention", "MultiHeadAttention", "QAttention"})
@@ -349,5 +351,7 @@ def _kind(node: Any, constants: set[str]) -> str:
     if node.op_type == _WEIGHT_ONLY:
         return "linear"
     if node.op_type in _PRODUCTS:
-        return "linear" if len(constants.intersection(node.input[:4])) else "matmul"
+        second = 3 if node.op_type in _SCALED else 1
+        operands = {node.input[0], node.input[second]}
+        return "linear" if constants & operands else "matmul"
     return str(node.op_type)

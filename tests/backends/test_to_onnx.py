@@ -12,8 +12,12 @@ from torch import nn
 
 from pruna_ir.backends.to_onnx import ToOnnx, split_gemms
 from pruna_ir.capture import capture
+from pruna_ir.data import TensorData
 from pruna_ir.errors import LoweringError
 from pruna_ir.lowering import LoadOptions
+from pruna_ir.passes.canonicalize import Canonicalize
+from pruna_ir.passes.insert_fake_quant import InsertFakeQuant
+from pruna_ir.transform import Context, apply
 from tests import networks, quantised
 from tests.backends import runtime_cases as cases
 
@@ -46,6 +50,33 @@ def test_an_int8_program_runs_on_integers(tmp_path):
     assert summary["conv"] == {"int8": 2}
     assert summary["linear"] == {"int8": 1}
     assert artifact.manifest.facts["disabled_optimizers"] == ["MatMulAddFusion"]
+
+
+class SelfAttention(nn.Module):
+    """Two products with a weight and two of activations, in the spelling of a textbook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.out(torch.softmax(q @ k.transpose(1, 2) / 4, -1) @ v)
+
+
+@pytest.mark.parametrize(("quantised", "precision"), [(False, "float32"), (True, "int8")])
+def test_products_of_activations_are_told_from_those_with_weights(quantised, precision, tmp_path):
+    """An integer product of activations reads constants too: its scales."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 5, 16)
+    program = apply(Canonicalize(), capture(SelfAttention().eval(), (x[:2],))).program
+    if quantised:
+        insert = InsertFakeQuant(target="onnx", products=True)
+        program = apply(insert, program, Context(data=TensorData((x,), batch_size=4))).program
+    artifact = cases.built(program, "onnx", tmp_path / "out")
+    summary = artifact.certificate.audit_summary()
+    assert summary["linear"] == {precision: 2}
+    assert summary["matmul"] == {precision: 2}
 
 
 def test_a_float_program_is_audited_as_float(tmp_path):

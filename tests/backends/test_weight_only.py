@@ -9,16 +9,18 @@ import onnx
 import pytest
 import torch
 
+from pruna_ir.backends.to_tensorrt import ToTensorrt
 from pruna_ir.build import build
 from pruna_ir.capture import capture
 from pruna_ir.certify import audit_summary
-from pruna_ir.lowering import LoadOptions
+from pruna_ir.errors import UsageError
+from pruna_ir.lowering import LoadOptions, Verdict
 from pruna_ir.onnx_blocks import pack_products
 from pruna_ir.onnx_export import export_onnx
 from pruna_ir.passes.quantize_dynamically import QuantizeDynamically
 from pruna_ir.passes.quantize_weights import QuantizeWeights
 from pruna_ir.program import Program
-from pruna_ir.transform import apply
+from pruna_ir.transform import Context, apply
 from tests.backends import runtime_cases as cases
 from tests.passes.products import gpt2, products
 
@@ -63,6 +65,30 @@ def test_tvm_stores_bytes_and_computes_in_float(form: str, tmp_path) -> None:
     artifact = cases.built(weight_only(form), "tvm", tmp_path / "out")
     assert linears(artifact) == {"float32": 3}
     assert artifact.manifest.facts["stored-parameter-bytes"] < 12_000
+
+
+@pytest.mark.parametrize("form", ["int8", "int8 blocks", "int4 blocks"])
+def test_tensorrt_builds_and_its_model_is_right(form: str, tmp_path) -> None:
+    """The ONNX model behind the engine is the program's function, and holds a byte a weight."""
+    program = weight_only(form)
+    artifact = build(program, "tensorrt", tmp_path / "out", options=LoadOptions(threads=1))
+    if not torch.cuda.is_available():
+        assert artifact.certificate.verdict is Verdict.NOT_RUN
+    model = onnx.load(tmp_path / "out" / "model.onnx")
+    stored = {t.name: t.data_type for t in model.graph.initializer if "quantized" in t.name}
+    assert list(stored.values()) == [onnx.TensorProto.INT8] * 3
+    runner = ToTensorrt().load_intermediate(tmp_path / "out", LoadOptions(threads=1))
+    x = torch.randn(2, 3, 64)
+    (found,) = runner.run([x.numpy()])
+    right = program(x)[0].detach().numpy()
+    assert np.abs(found - right).max() < 1e-5 * np.abs(right).max()
+    wrong = float_products()(x)[0].detach().numpy()
+    assert np.abs(found - wrong).max() > 1e-3 * np.abs(right).max()
+
+
+def test_tensorrt_refuses_zero_points_before_any_work() -> None:
+    with pytest.raises(UsageError, match="without zero points only; leave out symmetric=false"):
+        apply(QuantizeWeights(symmetric=False), float_products(), Context(target="tensorrt"))
 
 
 @pytest.mark.parametrize(("symmetric", "most"), [(True, 4.6), (False, 4.7)])
