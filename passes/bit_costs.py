@@ -10,7 +10,9 @@
 
 Limits of size: the grids of residual adds, pools and results are left out (8 bytes each); targets
 without types for a width store bytes. Limits of latency: where layers of different widths meet,
-the target may have to convert, which no uniform program shows; a layer without a time in some
+the target may have to convert, which no uniform program shows (a ResNet-20 of int8 and float
+layers took 1.1 times what was predicted in ONNX Runtime, and 1.7 times in OpenVINO), so that
+choose-bits measures the whole program too, and remarks on it; a layer without a time in some
 profile is refused. What belongs to no layer is taken from the uniform program in which it is
 slowest.
 """

@@ -48,6 +48,8 @@ from pruna_ir.transform import Effect, Pass, Rewrite
 
 DEFAULT_BUDGET = 0.25
 """The share of the float program's cost where the options say nothing."""
+TOLERATED = 0.03
+"""By how much of the float program's cost a whole program may be above a budget unremarked."""
 
 
 @dataclass(frozen=True)
@@ -162,9 +164,16 @@ class ChooseBits(Pass):
             chosen=search.at(chosen),
             inserted=losses.of(inserted), inserted_cost=price,
         )  # fmt: skip
-        for node in rw.calls():
-            rw.note(node, result.summary())
-            break
+        node = next(rw.calls())
+        rw.note(node, result.summary())
+        if budget is not None and price > (budget + TOLERATED) * costs.reference:
+            rw.skip(
+                node,
+                f"as a whole the program costs {price:.4g} {costs.unit}, "
+                f"{price / costs.reference:.1%} of the float one's and more than "
+                f"budget={budget:g}: its layers' costs do not add up, as where the target "
+                "converts between layers of different widths",
+            )
         if self.save:
             save(result, Path(self.save))
 

@@ -180,6 +180,18 @@ def test_the_pipeline_holds_it_to_a_noise_budget() -> None:
     ).passed
 
 
+def test_a_whole_program_above_its_budget_is_remarked_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A slack below 0 stands for a target on which costs do not add up."""
+    monkeypatch.setattr("pruna_ir.passes.choose_bits.TOLERATED", -0.3)
+    remarks = [r for r in chosen(planted(), samples(12), budget=0.4).remarks if r.kind == "missed"]
+    assert any("costs do not add up" in remark.message for remark in remarks)
+    monkeypatch.undo()
+    remarks = [r for r in chosen(planted(), samples(12), budget=0.4).remarks if r.kind == "missed"]
+    assert not any("costs do not add up" in remark.message for remark in remarks)
+
+
 def test_progress_is_reported_to_the_end() -> None:
     seen: dict[str, tuple[int, int]] = {}
     context = Context(data=samples(12), progress=lambda w, d, t: seen.update({w: (d, t)}))
