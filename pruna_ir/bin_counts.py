@@ -115,17 +115,19 @@ def _unsigned(
 def _signed(chunks: tuple[torch.Tensor, ...], exponent: int, first: int, bins: int) -> BinCounts:
     """Of any values."""
     counts, zeros = torch.zeros(bins, dtype=torch.int64), 0
+    work = torch.empty_like(chunks[0], dtype=_precision(chunks[0]))
+    index = torch.empty_like(chunks[0], dtype=_index_dtype(bins))
     for chunk in chunks:
-        work = chunk.to(_precision(chunk))
+        value, part = chunk.to(work.dtype), work[: len(chunk)]
         # Exact, as a chunk has fewer than 2**24 values, and several times as fast as
         # count_nonzero.
-        zeros += int(torch.eq(work, 0, out=torch.empty_like(work)).sum())
-        index = (work * math.ldexp(1.0, -exponent)).floor_()
+        zeros += int(torch.eq(value, 0, out=part).sum())
+        torch.mul(value, math.ldexp(1.0, -exponent), out=part).floor_()
         if exponent > 0:
             # A tiny negative value may underflow to 0 on the way, which is the bin above.
-            index.masked_fill_((index == 0) & (work < 0), -1)
-        index.sub_(first)
-        counts += torch.bincount(index.to(_index_dtype(bins)), minlength=bins).cpu()
+            part.masked_fill_((part == 0) & (value < 0), -1)
+        at = index[: len(chunk)].copy_(part.sub_(first))
+        counts += torch.bincount(at, minlength=bins).cpu()
     counts[-first] -= zeros
     return BinCounts(counts, zeros)
 
