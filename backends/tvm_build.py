@@ -10,7 +10,7 @@ what its loops want.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,11 +46,14 @@ class CompiledKernel:
         layer: the name of the compiled function.
         kind: ``conv``, ``matmul``, ``linear``, or the function's first operator.
         precision: the type in which the function multiplies or, elsewhere, its result's type.
+        detail: for a layer whose weights are stored as integers, that and where they become
+            floats.
     """
 
     layer: str
     kind: str
     precision: str
+    detail: str = ""
 
 
 def host_target(cpu: str = "") -> Any:
@@ -141,6 +144,7 @@ def _kernels(module: Any) -> Iterator[CompiledKernel]:
 
     main = module[ENTRY]
     weights = set(main.params[int(main.attrs["num_input"]) :])
+    stored = _stored_integers(module, list(main.params[int(main.attrs["num_input"]) :]))
     for block in main.body.blocks:
         for binding in block.bindings:
             value = binding.value
@@ -152,9 +156,35 @@ def _kernels(module: Any) -> Iterator[CompiledKernel]:
             kind = next((kind for word, kind in _KINDS if word in name), "")
             if kind == "matmul" and any(a in weights and a.ty.ndim > 1 for a in value.args[1]):
                 kind = "linear"
-            yield CompiledKernel(
-                name, kind or _first_operator(name), _precision(kind, types, value.ty)
-            )
+            precision = _precision(kind, types, value.ty)
+            widths = {stored[a] for a in value.args[1] if a in stored}
+            detail = f"{min(widths)} weights, expanded to {precision} at load" if widths else ""
+            yield CompiledKernel(name, kind or _first_operator(name), precision, detail)
+
+
+def _stored_integers(module: Any, weights: Sequence[Any]) -> dict[Any, str]:
+    """The arguments of ``main`` that come of arrays of bytes, each with their type.
+
+    ``transform`` computes them, in the same order, from the parameters as they are stored.
+    """
+    from tvm import relax
+
+    if TRANSFORM not in {variable.name_hint for variable in module.get_global_vars()}:
+        return {}
+    origin: dict[Any, str] = {}
+    (block,) = module[TRANSFORM].body.blocks
+    made: Any = None
+    for binding in block.bindings:
+        made = binding.value
+        if isinstance(made, relax.TupleGetItem):
+            width = str(getattr(binding.var.ty.dtype, "dtype", binding.var.ty.dtype))
+            if width in ("int8", "uint8") and binding.var.ty.ndim > 1:
+                origin[binding.var] = width
+        elif isinstance(made, relax.Call):
+            operands = made.args[1] if len(made.args) > 1 else made.args
+            found = [origin[a] for a in operands if a in origin]
+            origin |= {binding.var: found[0]} if found else {}
+    return {w: origin[a] for w, a in zip(weights, made, strict=True) if a in origin}
 
 
 def _first_operator(name: str) -> str:

@@ -65,6 +65,14 @@ def test_tvm_stores_bytes_and_computes_in_float(form: str, tmp_path) -> None:
     artifact = cases.built(weight_only(form), "tvm", tmp_path / "out")
     assert linears(artifact) == {"float32": 3}
     assert artifact.manifest.facts["stored-parameter-bytes"] < 12_000
+    said = [row.detail for row in artifact.certificate.audit if row.kind == "linear"]
+    width = "uint8" if "zero" in form else "int8"
+    assert said == [f"{width} weights, expanded to float32 at load"] * 3
+
+
+def test_tvm_says_nothing_of_the_kind_about_float_weights(tmp_path) -> None:
+    artifact = cases.built(float_products(), "tvm", tmp_path / "out")
+    assert {row.detail for row in artifact.certificate.audit} == {""}
 
 
 @pytest.mark.parametrize("form", ["int8", "int8 blocks", "int4 blocks"])
