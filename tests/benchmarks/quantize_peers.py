@@ -68,7 +68,7 @@ class Peer:
             with contextlib.redirect_stdout(sys.stderr):
                 return self.make(copy.deepcopy(module), images)
         except _refusals() as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
             raise Unsupported(f"{type(error).__name__}: {lines[0] if lines else ''}") from error
 
 
