@@ -171,20 +171,23 @@ def _stored_integers(module: Any, weights: Sequence[Any]) -> dict[Any, str]:
 
     if TRANSFORM not in {variable.name_hint for variable in module.get_global_vars()}:
         return {}
-    origin: dict[Any, str] = {}
-    (block,) = module[TRANSFORM].body.blocks
-    made: Any = None
-    for binding in block.bindings:
-        made = binding.value
-        if isinstance(made, relax.TupleGetItem):
-            width = str(getattr(binding.var.ty.dtype, "dtype", binding.var.ty.dtype))
-            if width in ("int8", "uint8") and binding.var.ty.ndim > 1:
-                origin[binding.var] = width
-        elif isinstance(made, relax.Call):
-            operands = made.args[1] if len(made.args) > 1 else made.args
-            found = [origin[a] for a in operands if a in origin]
-            origin |= {binding.var: found[0]} if found else {}
-    return {w: origin[a] for w, a in zip(weights, made, strict=True) if a in origin}
+    body = module[TRANSFORM].body
+    values = {b.var: b.value for block in body.blocks for b in block.bindings}
+
+    def width(value: Any) -> str:
+        """The type of the matrix of bytes that a value is computed from; empty where none."""
+        value = values.get(value, value)
+        if isinstance(value, relax.Call):
+            operands = value.args[1] if len(value.args) > 1 else value.args
+            return next((found for found in map(width, operands) if found), "")
+        if not isinstance(value, relax.TupleGetItem) or value.ty.ndim < 2:
+            return ""
+        dtype = str(getattr(value.ty.dtype, "dtype", value.ty.dtype))
+        return dtype if dtype in ("int8", "uint8") else ""
+
+    made = values.get(body.body, body.body)
+    widths = map(width, made) if isinstance(made, relax.Tuple) else ("" for _ in weights)
+    return {weight: found for weight, found in zip(weights, widths, strict=True) if found}
 
 
 def _first_operator(name: str) -> str:
