@@ -362,8 +362,21 @@ def _unquantisable(
     if weight.op == "get_attr" or is_quantised(weight):
         return ""
     if weight not in computed:
+        if _is_behind_a_grid(weight):
+            return "its weight is on a grid in blocks already; its input stays float"
         return "its weight is computed from constants; run fold-constants first"
     return "" if scheme.attention else "a product of two activations: the target keeps it float"
+
+
+def _is_behind_a_grid(weight: fx.Node) -> bool:
+    """Whether a weight is rearranged from one that is quantised."""
+    behind = [weight]
+    while behind:
+        node = behind.pop()
+        if is_quantised(node):
+            return True
+        behind += node.all_input_nodes
+    return False
 
 
 def near(node: fx.Node) -> set[fx.Node]:

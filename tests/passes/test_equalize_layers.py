@@ -253,7 +253,7 @@ def test_fused_convolutions():
     result = equalised(fused)
     assert len([r for r in result.remarks if r.kind == "applied"]) == 1
     (why,) = missed(result)
-    assert why.startswith("its activation") and why.endswith("lets no scale pass")  # noqa: PT018
+    assert why.startswith("its activation") and why.endswith("lets no scale pass")
 
 
 def test_a_second_run_changes_nothing():

@@ -21,6 +21,7 @@ from pruna_ir.passes.canonicalize import Canonicalize
 from pruna_ir.passes.fold_batch_norm import FoldBatchNorm
 from pruna_ir.passes.insert_fake_quant import InsertFakeQuant
 from pruna_ir.passes.quant_placement import KINDS, is_quantised, place
+from pruna_ir.passes.quantize_weights import QuantizeWeights
 from pruna_ir.passes.weight_ranges import weight_parameters
 from pruna_ir.program import Program
 from pruna_ir.quantization import (
@@ -637,6 +638,16 @@ def test_nan_in_the_data_names_the_layer_and_batch() -> None:
     calibration.inputs[0][40] = float("nan")
     with pytest.raises(PassError, match="calibration batch 2"):
         quantised(captured(Net(), 3, 15, 15), calibration)
+
+
+def test_a_weight_in_blocks_is_said_to_be_on_a_grid_already() -> None:
+    program = captured(nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 4)), 64)
+    pass_ = QuantizeWeights(bits=4, block=32, exclude=("2",))
+    blocks = apply(pass_, program).program
+    result = quantised(blocks, data(64))
+    missed = [remark.message for remark in result.remarks if remark.kind == "missed"]
+    assert missed == ["its weight is on a grid in blocks already; its input stays float"]
+    assert inputs_and_weights(result.program)["input"] == 1
 
 
 # -- real architectures --------------------------------------------------------------------------
