@@ -70,7 +70,7 @@ class QuantizeWeights(Pass):
     >>> program = capture(torch.nn.Linear(64, 3), (torch.zeros(2, 64),))
     >>> result = apply(QuantizeWeights(bits=4, block=32), program)
     >>> print(result.remarks[0].message)
-    node: s4[-8, 7], blocks of 32 inputs
+    linear: s4[-8, 7], blocks of 32 inputs
     """
 
     name: ClassVar[str] = "quantize-weights"
