@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import fx
@@ -43,7 +43,6 @@ from pruna_ir.calibration import (
 from pruna_ir.call import bind_arguments
 from pruna_ir.errors import UsageError
 from pruna_ir.kernels.conv_act import KERNEL as CONV_ACT
-from pruna_ir.kernels.fake_quant import KERNEL as FAKE_QUANT
 from pruna_ir.passes.bit_widths import (
     MOST_BITS,
     Width,
@@ -51,6 +50,13 @@ from pruna_ir.passes.bit_widths import (
     check_globs,
     end_layers,
     matches,
+)
+from pruna_ir.passes.fake_quant_nodes import (
+    Shared,
+    existing,
+    parameters_of,
+    quantise_activations,
+    quantise_weight,
 )
 from pruna_ir.passes.quant_placement import (
     ATTENTION,
@@ -66,7 +72,7 @@ from pruna_ir.passes.quant_placement import (
 )
 from pruna_ir.passes.quant_promises import Bypassed, OnGrid, WeightErrors
 from pruna_ir.passes.weight_ranges import weight_parameters
-from pruna_ir.program import Origin, computed_nodes, module_path
+from pruna_ir.program import Origin, computed_nodes
 from pruna_ir.quantization import Grid, QuantParameters, QuantScheme
 from pruna_ir.registry import find_backend
 from pruna_ir.transform import Pass, Rewrite
@@ -148,9 +154,9 @@ class Insertion:
         if not plan.readers and not weights:
             return
         parameters = self._calibrate(rw, plan)
-        _quantise_activations(rw, plan, parameters)
+        quantise_activations(rw, plan, parameters)
         for node, found in weights.items():
-            _quantise_weight(rw, node, found)
+            quantise_weight(rw, node, found)
         for node, width in layers.items():
             rw.applied(node, f"{layer_name(node)}: {width} for {target}")
         self._assure(rw, plan, {n: scheme.weight.with_bits(layers[n].weight) for n in weights})
@@ -241,11 +247,11 @@ class Insertion:
         known: dict[Shared, QuantParameters] = {}
         for value, bits in wanted_bits(plan):
             key = (plan.root(value), bits)
-            existing = _existing(value, plan.grid(value, bits))
-            if existing is None:
+            there = existing(value, plan.grid(value, bits))
+            if there is None:
                 needed.setdefault(key, []).append(value)
             else:
-                known[key] = _parameters_of(rw, existing)
+                known[key] = parameters_of(rw, there)
         unknown_roots = {root for root, bits in needed if (root, bits) not in known}
         observers = {root: self._observer() for root in unknown_roots}
         observed = {
@@ -298,10 +304,6 @@ class Insertion:
             grid = scheme.weight.with_bits(width.weight)
             found[node] = weight_parameters(weight, grid, axis, str(source.target), self.weights)
         return found
-
-
-Shared = tuple[fx.Node, int]
-"""The root of a group of tensors that share their range, and the bits that they are read with."""
 
 
 def _scheme(target: str) -> QuantScheme:
@@ -436,93 +438,6 @@ def _note_float_parts(rw: Rewrite, scheme: QuantScheme) -> None:
         source = rw.call(node).producer("input")
         if source is not None and source.target in KINDS:
             rw.note(node, f"not folded into {source.name}; run fold-batch-norm first for speed")
-
-
-def _existing(value: fx.Node, grid: Grid) -> fx.Node | None:
-    """The fake-quant on this grid that already reads a value, from a run on another scope."""
-    bounds = (grid.qmin, grid.qmax)
-    for user in value.users:
-        if is_quantised(user):
-            bound = bind_arguments(user)
-            if (bound["qmin"], bound["qmax"]) == bounds:
-                return user
-    return None
-
-
-def _parameters_of(rw: Rewrite, fake: fx.Node) -> QuantParameters:
-    """The parameters of a fake-quant of an activation."""
-    call = rw.call(fake)
-    scale, zero = call.parameter("scale"), call.parameter("zero_point")
-    if scale is None or zero is None:
-        raise rw.error(fake, "its scale or zero point is no constant of the program")
-    grid = Grid(int(call.number("qmin")), int(call.number("qmax")), symmetric=False)
-    return QuantParameters(scale, zero, grid)
-
-
-def _quantise_activations(
-    rw: Rewrite, plan: Placement, parameters: Mapping[Shared, QuantParameters]
-) -> None:
-    constants: dict[Shared, tuple[fx.Node, fx.Node]] = {}
-    order = {node: position for position, node in enumerate(rw.graph.nodes)}
-    for value, bits in sorted(wanted_bits(plan), key=lambda pair: (order[pair[0]], -pair[1])):
-        readers = [reader for reader, wanted in plan.readers[value].items() if wanted == bits]
-        fake = _existing(value, plan.grid(value, bits))
-        if fake is None:
-            key = (plan.root(value), bits)
-            found, before = parameters[key], _after(value)
-            if key not in constants:
-                constants[key] = _constants(rw, found, _output_name(value), before)
-            like = value if value.meta.get("nn_module_stack") else readers[0]
-            fake = _insert(rw, value, *constants[key], found, before=before, like=like)
-        for reader in readers:
-            rw.redirect(reader, {value: fake})
-
-
-def _quantise_weight(rw: Rewrite, node: fx.Node, parameters: QuantParameters) -> None:
-    kind = KINDS[node.target]
-    source = rw.call(node).producer(kind.weight)
-    if source is None:
-        raise rw.error(node, "its weight is no constant")
-    scale, zero = _constants(rw, parameters, str(source.target), node)
-    fake = _insert(rw, source, scale, zero, parameters, before=node, like=node)
-    rw.update(node, **{kind.weight: fake})
-
-
-def _after(value: fx.Node) -> fx.Node:
-    """The first node behind a value that is no placeholder."""
-    node = value.next
-    while node.op == "placeholder":
-        node = node.next
-    return node
-
-
-def _output_name(value: fx.Node) -> str:
-    path = module_path(value).split("@")[0]
-    return f"{path}.output" if path else value.name
-
-
-def _constants(
-    rw: Rewrite, parameters: QuantParameters, name: str, before: fx.Node
-) -> tuple[fx.Node, fx.Node]:
-    scale = rw.constant(parameters.scale, f"{name}_scale", before=before)
-    return scale, rw.constant(parameters.zero_point, f"{name}_zero_point", before=before)
-
-
-def _insert(
-    rw: Rewrite,
-    value: fx.Node,
-    scale: fx.Node,
-    zero_point: fx.Node,
-    parameters: QuantParameters,
-    *,
-    before: fx.Node,
-    like: fx.Node,
-) -> fx.Node:
-    arguments: dict[str, Any] = {
-        "x": value, "scale": scale, "zero_point": zero_point, "axis": parameters.axis,
-        "qmin": parameters.grid.qmin, "qmax": parameters.grid.qmax,
-    }  # fmt: skip
-    return rw.insert(FAKE_QUANT.op, before=before, like=like, **arguments)
 
 
 def _summary(seen: Observer, parameters: QuantParameters) -> str:
