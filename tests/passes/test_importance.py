@@ -228,6 +228,7 @@ for criterion in sys.argv[3:]:
     for number, score in enumerate(each):
         found[f"{criterion} {number}"] = score
 np.savez(f"{folder}/{rank}.npz", **found)
+dist.barrier()  # Whoever leaves first would cut the other one's connection.
 dist.destroy_process_group()
 """
 
