@@ -43,6 +43,11 @@ class Processes:
         if self.count > 1:
             distributed.all_reduce(vector)
 
+    def wait(self) -> None:
+        """Wait for all: whoever leaves first would cut the others' connections."""
+        if self.count > 1:
+            distributed.barrier()
+
     def agree(self, tensors: Iterable[torch.Tensor]) -> None:
         """Give every process the first one's values."""
         if self.count > 1:

@@ -49,7 +49,9 @@ def execute(args: argparse.Namespace, out: Console) -> int:
     inputs = _inputs(args, pipeline, original, out)
     program = marked(original, {"calibration": "synthetic"} if inputs.synthetic else {})
     compiled = compile_for(pipeline, program, args, inputs.data, inputs.eval_data, out)
-    if not processes().first:
+    team = processes()
+    team.wait()
+    if not team.first:
         return 0  # Under torchrun all train; one writes, measures and reports.
     if args.out is not None:
         _save(args, original, compiled)
