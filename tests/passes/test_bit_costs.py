@@ -120,7 +120,8 @@ def test_latency_is_each_layers_own_time_on_the_target() -> None:
     for row in costs.table:
         assert row.keys() == {*WIDTHS, "float"}
         assert min(row.values()) > 0
-    assert costs.reference >= sum(row["float"] for row in costs.table)
+    layers = sum(row["float"] for row in costs.table)
+    assert costs.reference >= layers * (1 - 1e-9)  # sums of the same times, in two orders
     whole = inserted_cost("latency", found.base, found.base, costs, 0.0, "openvino", 0)
     assert 0.2 < whole / costs.reference < 5  # the same program, timed twice
 
