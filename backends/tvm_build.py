@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from pruna_ir.backends.tvm_convolutions import legalize_conv2d
 from pruna_ir.backends.tvm_import import Imported
 from pruna_ir.backends.tvm_runtime import (
     ENTRY,
@@ -27,7 +28,7 @@ from pruna_ir.backends.tvm_runtime import (
     file_digest,
     processor_features,
 )
-from pruna_ir.backends.tvm_schedules import legalize_conv2d, schedule_module
+from pruna_ir.backends.tvm_schedules import schedule_module
 from pruna_ir.errors import LoweringError
 from pruna_ir.program import Program, TensorSpec
 
