@@ -32,6 +32,8 @@ class InsertFakeQuant(Pass):
         weights: how weight scales are chosen: ``minmax``, or ``mse``.
         granularity: one weight scale per output ``channel``, or one per ``tensor``.
         activations: ``symmetric`` or ``asymmetric`` grids, or the ``target``'s own choice.
+        scales: ``any`` number, or ``powers-of-two``, up to one bit coarser. With those, and
+            round-biases, convolutional nets compute the same bits in every runtime and in torch.
         bits: widths such as ``w4a8`` or ``float``, each for all layers or, after a glob and a
             colon, for those that the glob names: ``[w4a8, "head:float"]``; later ones win.
         ends: the width of the layers before and after which there is no other, such as ``w8a8``;
@@ -60,6 +62,7 @@ class InsertFakeQuant(Pass):
     weights: Literal["minmax", "mse"] = "minmax"
     granularity: Literal["channel", "tensor"] = "channel"
     activations: Literal["target", "symmetric", "asymmetric"] = "target"
+    scales: Literal["any", "powers-of-two"] = "any"
     bits: tuple[str, ...] = ()
     ends: str = ""
     products: bool | None = None
@@ -74,8 +77,8 @@ class InsertFakeQuant(Pass):
         return Insertion(
             owner=self.name, target=self.target, ranges=self.ranges, percentile=self.percentile,
             weights=self.weights, granularity=self.granularity, activations=self.activations,
-            bits=self.bits, ends=self.ends, products=self.products, samples=self.samples,
-            exclude=self.exclude,
+            scales=self.scales, bits=self.bits, ends=self.ends, products=self.products,
+            samples=self.samples, exclude=self.exclude,
         )  # fmt: skip
 
     @property

@@ -112,6 +112,7 @@ class Insertion:
     weights: Literal["minmax", "mse"] = "minmax"
     granularity: Literal["channel", "tensor"] = "channel"
     activations: Literal["target", "symmetric", "asymmetric"] = "target"
+    scales: Literal["any", "powers-of-two"] = "any"
     bits: tuple[str, ...] = ()
     ends: str = ""
     products: bool | None = None
@@ -182,6 +183,17 @@ class Insertion:
         scheme = _scheme(target)
         if self.products is not None:
             scheme = replace(scheme, attention=self.products)
+        scheme = self._signs(scheme, target)
+        if self.scales == "any":
+            return scheme
+        return replace(
+            scheme,
+            activation=replace(scheme.activation, powers=True),
+            weight=replace(scheme.weight, powers=True),
+        )
+
+    def _signs(self, scheme: QuantScheme, target: str) -> QuantScheme:
+        """The scheme with activations of the sort that the option wants."""
         own = scheme.activation
         if self.activations == "target" or (self.activations == "symmetric") == own.symmetric:
             return scheme

@@ -4,7 +4,8 @@
 for bit: the same operators, arguments and tensors.
 
 `OnGrid`: each inserted fake-quant has the grid that its reader was promised: the bits, the sign
-and zero points of the target, one scale or one for each channel of the right axis.
+and zero points of the target, powers of two where asked for, one scale or one for each channel of
+the right axis.
 
 `WeightErrors`: rounding costs a weight no more than its grid says: no value that its grid reaches
 is off by more than half a step, and with ``minmax`` the grid reaches them all; with ``mse`` the
@@ -24,7 +25,7 @@ from pruna_ir.kernels.conv_act import KERNEL as CONV_ACT
 from pruna_ir.kernels.fake_quant import fake_quant_reference
 from pruna_ir.passes.quant_placement import KINDS, is_quantised
 from pruna_ir.program import Program
-from pruna_ir.quantization import SMALLEST_SCALE, Grid
+from pruna_ir.quantization import SMALLEST_SCALE, Grid, power_of_two
 from pruna_ir.transform import Context, Finding, Rewrite
 
 HALF_STEP = 0.5 + 2.0**-20
@@ -105,9 +106,9 @@ class OnGrid:
         weight = call.parameter("x")
         if weight is None:
             grids = self.activations.get(reader.name, frozenset())
-            return call.arg("axis") is None and _on_one_of(grids, bounds, zero)
+            return call.arg("axis") is None and _on_one_of(grids, bounds, scale, zero)
         grid = self.weights.get(reader.name)
-        if grid is None or not _on_one_of({grid}, bounds, zero):
+        if grid is None or not _on_one_of({grid}, bounds, scale, zero):
             return False
         axis = KINDS[reader.target].axis % weight.dim()
         return bool(call.arg("axis") == (axis if self.per_channel else None))
@@ -122,11 +123,16 @@ def _usable(scale: torch.Tensor) -> bool:
 
 
 def _on_one_of(
-    grids: frozenset[Grid] | set[Grid], bounds: tuple[int, int], zero: torch.Tensor
+    grids: frozenset[Grid] | set[Grid],
+    bounds: tuple[int, int],
+    scale: torch.Tensor,
+    zero: torch.Tensor,
 ) -> bool:
     inside = bool((zero >= bounds[0]).all() and (zero <= bounds[1]).all())
     return inside and any(
-        (grid.qmin, grid.qmax) == bounds and (not grid.symmetric or not zero.any())
+        (grid.qmin, grid.qmax) == bounds
+        and (not grid.symmetric or not zero.any())
+        and (not grid.powers or torch.equal(power_of_two(scale.double()), scale.double()))
         for grid in grids
     )
 

@@ -13,13 +13,18 @@ All of it in float64 with halves rounded to even; the scale is then stored in fl
 point follows from the *stored* scale. A range of nothing but zeros gets the scale 1; a scale below
 the smallest normal float32 is raised to it, since runtimes flush subnormals to zero. NaN and
 infinities are refused with the layer's name.
+
+On a grid with ``powers``, the scale is the least power of two that is no smaller (Jain et al.,
+MLSys 2020). Scaling by powers of two is exact in every float type, and so is every sum of fewer
+than 24 bits: what a program computes then depends neither on the order of its sums nor on how a
+runtime rescales its integers.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -59,6 +64,8 @@ PARTS = frozenset(
 class Grid:
     """The integers ``qmin..qmax``; ``symmetric`` fixes the zero point at 0.
 
+    ``powers`` wants scales that are powers of two.
+
     >>> U8_ASYMMETRIC.bits, U8_ASYMMETRIC.dtype, S8_SYMMETRIC.dtype
     (8, torch.uint8, torch.int8)
     """
@@ -66,6 +73,7 @@ class Grid:
     qmin: int
     qmax: int
     symmetric: bool
+    powers: bool = False
 
     def __post_init__(self) -> None:
         if not -(2**15) <= self.qmin <= 0 <= self.qmax < 2**16 or self.qmin == self.qmax:
@@ -99,9 +107,10 @@ class Grid:
         ('u4[0, 15]', 's4[-7, 7]')
         """
         if self.qmin == 0:
-            return Grid(0, 2**bits - 1, self.symmetric)
+            return replace(self, qmax=2**bits - 1)
         half = 2 ** (bits - 1)
-        return Grid(1 - half if self.qmin == -self.qmax else -half, half - 1, self.symmetric)
+        low = 1 - half if self.qmin == -self.qmax else -half
+        return replace(self, qmin=low, qmax=half - 1)
 
     def __str__(self) -> str:
         return f"{'s' if self.qmin < 0 else 'u'}{self.bits}[{self.qmin}, {self.qmax}]"
@@ -216,10 +225,12 @@ def choose_parameters(
         )
     if (least > most).any():
         raise PassError(f"{layer}: its range is empty (low above high)")
-    if float(torch.maximum(least.abs(), most.abs()).max()) > torch.finfo(torch.float32).max:
-        raise PassError(f"{layer}: its range goes beyond float32; exclude the layer")
     least, most = least.clamp(max=0.0), most.clamp(min=0.0)
-    scale = _stored(_scale(least, most, grid))
+    step = _scale(least, most, grid)
+    scale = _stored(power_of_two(step) if grid.powers else step)
+    largest = float(torch.maximum(least.abs(), most.abs()).max())
+    if largest > torch.finfo(torch.float32).max or not torch.isfinite(scale).all():
+        raise PassError(f"{layer}: its range goes beyond float32; exclude the layer")
     if grid.symmetric:
         zero = torch.zeros_like(scale, dtype=torch.int32)
     else:
@@ -232,6 +243,17 @@ def _scale(least: torch.Tensor, most: torch.Tensor, grid: Grid) -> torch.Tensor:
     if grid.symmetric:
         return torch.maximum(least / grid.qmin, most / grid.qmax)
     return (most - least) / (grid.qmax - grid.qmin)
+
+
+def power_of_two(scale: torch.Tensor) -> torch.Tensor:
+    """The least powers of two that are no smaller, exactly; 0 for 0.
+
+    >>> power_of_two(torch.tensor([0.3, 0.5, 0.0, 5.0], dtype=torch.float64))
+    tensor([0.5000, 0.5000, 0.0000, 8.0000], dtype=torch.float64)
+    """
+    mantissa, exponent = torch.frexp(scale)
+    raised = exponent - (mantissa == 0.5).to(exponent.dtype)
+    return torch.where(scale == 0, scale, torch.ldexp(torch.ones_like(scale), raised))
 
 
 def _stored(scale: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -68,6 +69,34 @@ def test_the_formula_in_exact_arithmetic(a: float, b: float, grid: Grid) -> None
         assert abs(int(chosen.zero_point) - exact) <= Fraction(1, 2) + Fraction(1, 10**9)
     else:
         assert int(chosen.zero_point) == 0
+
+
+@given(bounds, bounds, grids)
+def test_powers_of_two_are_the_least_that_cover_the_range(a: float, b: float, grid: Grid) -> None:
+    low, high = Fraction(min(a, b, 0.0)), Fraction(max(a, b, 0.0))
+    if grid.symmetric:
+        wanted = max(low / grid.qmin, high / grid.qmax)
+    else:
+        wanted = (high - low) / (grid.qmax - grid.qmin)
+    chosen = choose_parameters(min(a, b), max(a, b), replace(grid, powers=True), "layer")
+    scale = Fraction(float(chosen.scale))
+    assert scale.numerator & (scale.numerator - 1) == 0
+    assert scale.denominator & (scale.denominator - 1) == 0
+    if wanted == 0:
+        assert scale == 1
+    elif wanted > Fraction(SMALLEST_SCALE):
+        # float64 divides once before: a quotient just above a power may round down to it.
+        assert wanted * (1 - Fraction(1, 2**50)) <= scale < 2 * wanted * (1 + Fraction(1, 2**50))
+    assert grid.qmin <= int(chosen.zero_point) <= grid.qmax
+
+
+def test_powers_stay_with_other_bits_and_beyond_float32_is_refused() -> None:
+    assert replace(S8_WEIGHT, powers=True).with_bits(4) == Grid(-7, 7, symmetric=True, powers=True)
+    assert replace(U8_ASYMMETRIC, powers=True).with_bits(4).powers
+    most = torch.finfo(torch.float32).max
+    assert float(choose_parameters(-most, most, Grid(-1, 1, symmetric=True), "x").scale) == most
+    with pytest.raises(PassError, match="x: its range goes beyond float32"):
+        choose_parameters(-most, most, Grid(-1, 1, symmetric=True, powers=True), "x")
 
 
 @given(st.lists(bounds, min_size=1, max_size=9), grids, st.integers(-4, 4))

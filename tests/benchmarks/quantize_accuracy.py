@@ -60,7 +60,7 @@ BATCH = 100
 BACKENDS = ("eager", "onnx", "openvino", "tvm")
 METHODS = ("w8a8", "w4a8", "w4a4", "peers")
 W8A8 = (
-    "canonicalize,fold-batch-norm,insert-fake-quant{samples=512},round-biases,eliminate-dead-code"
+    "canonicalize,fold-batch-norm,insert-fake-quant{samples=512,scales=powers-of-two},round-biases,eliminate-dead-code"
 )
 W4A8 = (
     "canonicalize,fold-batch-norm,equalize-layers,insert-fake-quant{bits=[w4a8],samples=512,"
