@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pruna_ir.backends.tvm_convolutions import legalize_conv2d
+from pruna_ir.backends.tvm_blocked import block_convolutions
 from pruna_ir.backends.tvm_import import Imported
 from pruna_ir.backends.tvm_runtime import (
     ENTRY,
@@ -77,7 +77,7 @@ def build(imported: Imported, program: Program, folder: Path, cpu: str = "") -> 
     target = host_target(cpu)
     try:
         with target:
-            module, unscheduled = schedule_module(_optimization()(imported.module))
+            module, unscheduled = schedule_module(_optimization(target)(imported.module))
         executable = tvm.compile(module, target=target, relax_pipeline=_lowering())
         executable.export_library(str(folder / LIBRARY))
     except Exception as error:
@@ -92,7 +92,7 @@ def build(imported: Imported, program: Program, folder: Path, cpu: str = "") -> 
     return unscheduled
 
 
-def _optimization() -> Any:
+def _optimization(target: Any) -> Any:
     """Operators to loops, weight preparation apart, neighbours fused."""
     import tvm
     from tvm import relax
@@ -104,7 +104,9 @@ def _optimization() -> Any:
             relax.backend.DispatchSampling(),
             relax.backend.DispatchSortScan(),
             t.DecomposeOpsForInference(),
-            t.LegalizeOps({"relax.nn.conv2d": legalize_conv2d}),
+            t.CanonicalizeBindings(),
+            _blocking(target),
+            t.LegalizeOps(),
             t.LiftTransformParams(),
             t.DeadCodeElimination(entries),
             t.AnnotateTIROpPattern(),
@@ -114,6 +116,18 @@ def _optimization() -> Any:
             t.DeadCodeElimination(entries),
         ]
     )
+
+
+def _blocking(target: Any) -> Any:
+    import tvm
+
+    def features(name: str) -> bool:
+        return bool(tvm.target.codegen.target_has_features(name, target))
+
+    def blocked(module: Any, _: Any) -> Any:
+        return block_convolutions(module, features)
+
+    return tvm.transform.module_pass(blocked, opt_level=0, name="BlockConvolutions")
 
 
 def _lowering() -> Any:

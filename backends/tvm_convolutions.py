@@ -1,128 +1,325 @@
-"""CPU schedules of convolutions.
+"""CPU schedules of convolutions on blocked tensors, [n, C/16, H, W, 16].
 
-Weights are packed to [O/16, I, kh, kw, 16] (once, at load); a register tile holds up to 14 output
-columns of 16 channels, over all of I, kh and kw:
+Weights are packed to [O/16, I/b, kh, kw, b, 16] (once, at load). A register tile holds up to 16
+vectors, which are O blocks by output columns, over the whole reduction; what follows the
+convolution element by element is computed where the tile is written:
 
-    acc[x, o] += data[n, i, y*s + kh*d, (x0 + x)*s + kw*d] * packed[O, i, kh, kw, o]
+    acc[o, x, :] += data[n, c/16, y*s + ky*d, (x0 + x)*s + kx*d, c%16] * packed[o, c, ky, kx, :]
+    out[n, o, y, x0 + x, :] = epilogue(acc[o, x, :])
 
-Limits: grouped convolutions and other layouts keep TVM's loops.
+Groups are merged until a block of outputs belongs to one group (the packed weights hold zeros for
+the rest); depthwise convolutions multiply lane by lane instead.
+
+Limits: heights and widths are constants; a width without a divisor that fits into registers is
+computed up to the next multiple, and its epilogue runs apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from pruna_ir.backends.tvm_loops import LANES, extent, vectorize
+from pruna_ir.backends.tvm_loops import LANES, extent
 
-_TILE = 14
-ACCUMULATE = "conv2d_packed"
-_UNPACK, _PACK = "conv2d_unpack", "conv2d_pack"
-
-
-def legalize_conv2d(builder: Any, call: Any) -> Any:
-    """The packed form of a ``relax.nn.conv2d``, or TVM's own where it does not apply."""
-    import tvm
-
-    if not _is_plain(call):
-        return tvm.ir.Op.get("relax.nn.conv2d").get_attr("FLegalize")(builder, call)
-    data, weight = call.args
-    packed = builder.emit(builder.call_te(_pack, weight, primfunc_name_hint=_PACK))
-    return builder.call_te(
-        _packed_conv2d(call.attrs, int(weight.ty.shape[0])),
-        data,
-        packed,
-        primfunc_name_hint="conv2d",
-    )
+ACCUMULATE, PAD = "conv2d_blocked", "conv2d_pad"
+_PACK = "conv2d_pack"
+_BLOCKS, _COLUMNS = "tile_blocks", "tile_columns"
+_OUT_ELEMENTWISE_FUSABLE = 4
 
 
-def _is_plain(call: Any) -> bool:
-    from tvm import tirx
+@dataclass(frozen=True)
+class Convolution:
+    """The constants of a two-dimensional convolution.
 
-    attributes, (data, weight) = call.attrs, call.args
-    layouts = (attributes.data_layout, attributes.kernel_layout, str(attributes.out_layout))
-    sizes = [*list(data.ty.shape)[1:], *weight.ty.shape]
-    return (
-        int(attributes.groups) == 1
-        and layouts in (("NCHW", "OIHW", "NCHW"), ("NCHW", "OIHW", ""))
-        and all(isinstance(size, (int, tirx.IntImm)) for size in sizes)
-    )
+    Attributes:
+        inputs: channels of the data.
+        outputs: channels of the result.
+        kernel: height and width of the window.
+        padding: top, left, bottom, right.
+    """
+
+    inputs: int
+    outputs: int
+    groups: int
+    kernel: tuple[int, int]
+    strides: tuple[int, int]
+    dilation: tuple[int, int]
+    padding: tuple[int, int, int, int]
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether every output channel reads the input channel of its own number, and no other."""
+        return self.groups == self.inputs == self.outputs and self.groups > 1
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of output channels."""
+        return -(-self.outputs // LANES)
+
+    @property
+    def merged(self) -> int:
+        """How many groups are computed as one."""
+        each = self.outputs // self.groups
+        fitting = (m for m in _divisors(self.groups) if each * m % LANES == 0)
+        return next(fitting, self.groups)
+
+    @property
+    def depth(self) -> int:
+        """Input channels that one block of outputs reads."""
+        return self.inputs // self.groups * self.merged
+
+    @property
+    def step(self) -> int:
+        """Input channels of one step of the reduction: a power of two that divides `depth`."""
+        return next(b for b in (16, 8, 4, 2, 1) if self.depth % b == 0)
+
+    def first_channel(self, block: Any) -> Any:
+        """The first input channel that a block of outputs reads."""
+        if self.merged == self.groups:
+            return 0
+        return block * LANES // (self.outputs // self.groups * self.merged) * self.depth
+
+    def size(self, axis: int, size: int) -> int:
+        """Rows (axis 0) or columns (1) of the result for those of the data."""
+        reach = (self.kernel[axis] - 1) * self.dilation[axis] + 1
+        padded = size + self.padding[axis] + self.padding[axis + 2]
+        return (padded - reach) // self.strides[axis] + 1
 
 
-def _pack(weight: Any) -> Any:
+def _divisors(value: int) -> Iterator[int]:
+    return (d for d in range(1, value + 1) if value % d == 0)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The part of a result that is held in registers: O blocks by columns."""
+
+    blocks: int
+    columns: int
+
+
+def tile(blocks: int, columns: int, vectors: int) -> Tile:
+    """The tile for a result of some O blocks and columns.
+
+    Args:
+        blocks: blocks of output channels.
+        columns: the width of the result.
+        vectors: how many accumulators of 16 channels the registers hold.
+    """
+    candidates = [
+        Tile(b, c)
+        for b in (1, 2, 4, 8)
+        if blocks % b == 0
+        for c in range(1, min(columns, vectors) + 1)
+        if b * c <= vectors
+    ]
+    return min(candidates, key=lambda t: (_cost(t, columns), t.blocks))
+
+
+def _cost(candidate: Tile, columns: int) -> float:
+    """Relative time: columns for nothing, few sums in flight, streams of weights, loads."""
+    b, c = candidate.blocks, candidate.columns
+    waste = -(-columns // c) * c / columns
+    latency = max(1.0, 8 / (b * c))
+    apart = 1.0 if columns % c == 0 else 1.1
+    streams = 1.0 if b <= 2 else 1.15
+    return waste * latency * apart * streams * (1 + 0.1 * (b + c) / (b * c))
+
+
+def accumulators(features: Callable[[str], bool]) -> int:
+    """How many vectors of 16 sums the registers hold beside operands.
+
+    Args:
+        features: whether the processor has an instruction set, by LLVM's name.
+    """
+    return 16 if features("avx512f") else 6
+
+
+# -- computations --------------------------------------------------------------------------------
+
+
+def pack(convolution: Convolution, weight: Any) -> Any:
+    """Weights [O, I/groups, kh, kw] as [O/16, I/b, kh, kw, b, 16] (depthwise: no I, no b)."""
     from tvm import te, tirx
 
-    o, i, kh, kw = (int(size) for size in weight.shape)
+    kh, kw = convolution.kernel
+    zero = tirx.const(0, weight.dtype)
 
-    def element(block: Any, c: Any, y: Any, x: Any, lane: Any) -> Any:
+    def depthwise(block: Any, y: Any, x: Any, lane: Any) -> Any:
         channel = block * LANES + lane
-        if o % LANES == 0:
-            return weight[channel, c, y, x]
-        zero = tirx.const(0, weight.dtype)
-        return tirx.if_then_else(channel < o, weight[channel, c, y, x], zero)
+        inside = channel < convolution.outputs
+        return tirx.if_then_else(inside, weight[channel, 0, y, x], zero)
 
-    return te.compute((-(-o // LANES), i, kh, kw, LANES), element, name=_PACK)
+    if convolution.is_depthwise:
+        return te.compute((convolution.blocks, kh, kw, LANES), depthwise, name=_PACK)
+    step, merged = convolution.step, convolution.merged
+    each = convolution.inputs // convolution.groups
+    per_group = convolution.outputs // convolution.groups
+
+    def element(block: Any, outer: Any, y: Any, x: Any, inner: Any, lane: Any) -> Any:
+        channel, source = block * LANES + lane, outer * step + inner
+        inside = channel < convolution.outputs
+        if merged > 1:
+            own = tirx.floormod(tirx.floordiv(channel, per_group), merged)
+            inside = tirx.all(inside, tirx.floordiv(source, each) == own)
+        value = weight[channel, tirx.floormod(source, each), y, x]
+        return tirx.if_then_else(inside, value, zero)
+
+    shape = (convolution.blocks, convolution.depth // step, kh, kw, step, LANES)
+    return te.compute(shape, element, name=_PACK)
 
 
-def _tile(width: int) -> int:
-    """The tile of output columns that wastes the fewest, the largest of these."""
-    return min(range(min(width, _TILE), 0, -1), key=lambda t: (-(-width // t) * t, -t))
-
-
-def _packed_conv2d(attributes: Any, channels: int) -> Callable[[Any, Any], Any]:
+def _padded(convolution: Convolution, data: Any, columns: int) -> Any:
+    """The data with zeros around it, wide enough for that many columns of the result."""
     from tvm import te, tirx
 
-    stride_y, stride_x = (int(v) for v in attributes.strides)
-    top, left, bottom, right = (int(v) for v in attributes.padding)
-    dilation_y, dilation_x = (int(v) for v in attributes.dilation)
+    top, left, bottom, right = convolution.padding
+    height, width = int(data.shape[2]), int(data.shape[3])
+    reach = (columns - 1) * convolution.strides[1]
+    reach += (convolution.kernel[1] - 1) * convolution.dilation[1] + 1
+    wide = max(reach, width + left + right)
+    if (top, left, bottom) == (0, 0, 0) and wide == width:
+        return data
+    shape = list(data.shape)
+    shape[2], shape[3] = height + top + bottom, wide
 
-    def conv2d(data: Any, packed: Any) -> Any:
-        n, inputs = data.shape[0], int(data.shape[1])
-        height, width = (int(v) for v in list(data.shape)[2:])
-        blocks, _, kh, kw, _ = (int(v) for v in packed.shape)
-        out_y = (height + top + bottom - (kh - 1) * dilation_y - 1) // stride_y + 1
-        out_x = (width + left + right - (kw - 1) * dilation_x - 1) // stride_x + 1
-        columns = -(-out_x // _tile(out_x)) * _tile(out_x)
-        rows_read = max(height + top + bottom, (out_y - 1) * stride_y + (kh - 1) * dilation_y + 1)
-        columns_read = (columns - 1) * stride_x + (kw - 1) * dilation_x + 1
-        columns_read = max(columns_read, width + left + right)
+    def element(n: Any, c: Any, y: Any, x: Any, *lane: Any) -> Any:
+        inside = tirx.all(y >= top, y < height + top, x >= left, x < width + left)
+        value = data[(n, c, y - top, x - left, *lane)]
+        return tirx.if_then_else(inside, value, tirx.const(0, data.dtype))
 
-        def padded(b: Any, c: Any, y: Any, x: Any) -> Any:
-            inside = tirx.all(y >= top, y < height + top, x >= left, x < width + left)
-            return tirx.if_then_else(
-                inside, data[b, c, y - top, x - left], tirx.const(0, data.dtype)
-            )
+    return te.compute(shape, element, name=PAD)
 
-        source = te.compute((n, inputs, rows_read, columns_read), padded, name="pad")
-        c = te.reduce_axis((0, inputs), name="c")
-        ky, kx = te.reduce_axis((0, kh), name="ky"), te.reduce_axis((0, kw), name="kx")
+
+def convolve(convolution: Convolution, vectors: int) -> Callable[[Any, Any], Any]:
+    """The computation of a convolution of data, [n, C/16, H, W, 16] or [n, C, H, W], and weights.
+
+    Args:
+        convolution: its constants.
+        vectors: how many accumulators the registers hold.
+    """
+    from tvm import te
+
+    def compute(data: Any, packed: Any) -> Any:
+        rows = convolution.size(0, int(data.shape[2]))
+        width = convolution.size(1, int(data.shape[3]))
+        held = tile(_tiled_blocks(convolution), width, vectors)
+        columns = -(-width // held.columns) * held.columns
+        source = _padded(convolution, data, columns)
+        axes, product = _product(convolution, source, packed)
+        shape = (data.shape[0], convolution.blocks, rows, columns, LANES)
         accumulated = te.compute(
-            (n, blocks, out_y, columns, LANES),
-            lambda b, o, y, x, lane: te.sum(
-                source[b, c, y * stride_y + ky * dilation_y, x * stride_x + kx * dilation_x]
-                * packed[o, c, ky, kx, lane],
-                axis=[c, ky, kx],
-            ),
+            shape,
+            lambda *at: te.sum(product(*at), axis=axes),
             name=ACCUMULATE,
+            attrs={_BLOCKS: held.blocks, _COLUMNS: held.columns},
         )
-        return te.compute(
-            (n, channels, out_y, out_x),
-            lambda b, o, y, x: accumulated[b, o // LANES, y, x, o % LANES],
-            name=_UNPACK,
-        )
+        if columns == width:
+            return accumulated
+        return te.compute((*shape[:3], width, LANES), lambda *at: accumulated[at], name="crop")
 
-    return conv2d
+    return compute
 
 
-def schedule_conv2d(schedule: Any, block: Any) -> None:
-    """Hold a tile of output columns in registers over the whole reduction."""
-    n, o, y, x, lane, c, ky, kx = schedule.get_loops(block)
-    tile = _tile(extent(schedule, x))
-    outer, inner = schedule.split(x, [None, tile])
-    schedule.reorder(n, o, y, outer, c, ky, kx, inner, lane)
-    held = schedule.cache_write(block, 0, "local")
-    schedule.reverse_compute_at(held, outer)
+def _tiled_blocks(convolution: Convolution) -> int:
+    """The O blocks that may share a tile: those that read the same inputs."""
+    if convolution.is_depthwise:
+        return 1
+    return convolution.blocks // (convolution.groups // convolution.merged)
+
+
+def _product(
+    convolution: Convolution, source: Any, packed: Any
+) -> tuple[list[Any], Callable[..., Any]]:
+    """The axes of the reduction and the product that is summed."""
+    from tvm import te
+
+    (kh, kw), step = convolution.kernel, convolution.step
+    (sy, sx), (dy, dx) = convolution.strides, convolution.dilation
+    sizes = {"outer": convolution.depth // step, "ky": kh, "kx": kw, "inner": step}
+    if convolution.is_depthwise:
+        sizes = {"ky": kh, "kx": kw}
+    axes = {name: te.reduce_axis((0, size), name) for name, size in sizes.items() if size > 1}
+    axes = axes or {"ky": te.reduce_axis((0, 1), "ky")}
+    at = {name: axes.get(name, 0) for name in ("outer", "ky", "kx", "inner")}
+
+    def depthwise(n: Any, o: Any, y: Any, x: Any, lane: Any) -> Any:
+        row, column = y * sy + at["ky"] * dy, x * sx + at["kx"] * dx
+        return source[n, o, row, column, lane] * packed[o, at["ky"], at["kx"], lane]
+
+    def element(n: Any, o: Any, y: Any, x: Any, lane: Any) -> Any:
+        channel = convolution.first_channel(o) + at["outer"] * step + at["inner"]
+        row, column = y * sy + at["ky"] * dy, x * sx + at["kx"] * dx
+        if len(source.shape) == 4:
+            value = source[n, channel, row, column]
+        else:
+            value = source[n, channel // LANES, row, column, channel % LANES]
+        return value * packed[o, at["outer"], at["ky"], at["kx"], at["inner"], lane]
+
+    return list(axes.values()), depthwise if convolution.is_depthwise else element
+
+
+ATTRIBUTES = {"op_pattern": _OUT_ELEMENTWISE_FUSABLE}
+"""Attributes of a convolution's function: element-wise readers are to be fused into it."""
+
+
+# -- schedules -----------------------------------------------------------------------------------
+
+
+def schedule_convolution(schedule: Any, block: Any) -> None:
+    """Schedule a function that holds one convolution, its padding and what was fused behind it.
+
+    Element-wise blocks have been inlined into the last one before.
+    """
+    root = schedule.get_sblock("root")
+    last = schedule.get_child_blocks(root)[-1]
+    shape = [extent(schedule, loop) for loop in schedule.get_loops(last)]
+    sums = [extent(schedule, loop) for loop in schedule.get_loops(block)][:5]
+    fused = schedule.get(last).name_hint != ACCUMULATE and shape == sums
+    _schedule_padding(schedule, root)
+    if fused:
+        schedule.set_scope(block, 0, "local")
+    else:
+        held = schedule.cache_write(block, 0, "local")
+        if schedule.get(last).name_hint != ACCUMULATE:
+            _schedule_apart(schedule, last)
+        last = held
+    _schedule_tiles(schedule, block, last)
+
+
+def _schedule_padding(schedule: Any, root: Any) -> None:
+    for block in schedule.get_child_blocks(root):
+        if schedule.get(block).name_hint == PAD:
+            _schedule_apart(schedule, block)
+
+
+def _schedule_apart(schedule: Any, block: Any) -> None:
+    loops = schedule.get_loops(block)
+    if extent(schedule, loops[-1]) == LANES:
+        schedule.vectorize(loops[-1])
+    schedule.parallel(schedule.fuse(*loops[:3]))
+
+
+def _schedule_tiles(schedule: Any, block: Any, last: Any) -> None:
+    """Compute a tile of sums in registers where the last block writes it."""
+    annotations = schedule.get(block).annotations
+    reductions = len(schedule.get_loops(block)) - 5
+    n, o, y, x, lane = schedule.get_loops(last)
+    o, o_inner = schedule.split(o, [None, int(annotations[_BLOCKS])])
+    x, x_inner = schedule.split(x, [None, int(annotations[_COLUMNS])])
+    schedule.reorder(n, o, y, x, o_inner, x_inner, lane)
+    schedule.compute_at(block, x, preserve_unit_loops=True)
+    inner = schedule.get_loops(block)[4:]
+    spatial, reduce = inner[:-reductions], inner[-reductions:]
+    schedule.reorder(*reduce, *spatial)
+    for loop in (*spatial[:-1], o_inner, x_inner):
+        schedule.unroll(loop)
+    schedule.vectorize(spatial[-1])
+    schedule.vectorize(lane)
     schedule.parallel(schedule.fuse(n, o, y))
-    vectorize(schedule, block)
-    schedule.vectorize(schedule.get_loops(held)[-1])
-    vectorize(schedule, schedule.decompose_reduction(block, c))
+    initial = schedule.decompose_reduction(block, schedule.get_loops(block)[2])
+    loops = schedule.get_loops(initial)[-len(spatial) :]
+    for loop in loops[:-1]:
+        schedule.unroll(loop)
+    schedule.vectorize(loops[-1])

@@ -55,10 +55,12 @@ def _schedule_function(function: Any) -> Any:
     root = schedule.get_sblock("root")
     _inline(schedule, root)
     for block in schedule.get_child_blocks(root):
+        if schedule.get(block).name_hint == tvm_convolutions.ACCUMULATE:
+            tvm_convolutions.schedule_convolution(schedule, block)
+            return schedule.mod["main"]
+    for block in schedule.get_child_blocks(root):
         name = schedule.get(block).name_hint
-        if name == tvm_convolutions.ACCUMULATE:
-            tvm_convolutions.schedule_conv2d(schedule, block)
-        elif name == "matmul" and len(schedule.get_loops(block)) >= 3:
+        if name == "matmul" and len(schedule.get_loops(block)) >= 3:
             tvm_products.schedule_matmul(schedule, block)
         else:
             _schedule_loops(schedule, block)
