@@ -19,6 +19,7 @@ import numpy as np
 
 from pruna_ir.backends.tvm_blocked import block_convolutions
 from pruna_ir.backends.tvm_import import Imported
+from pruna_ir.backends.tvm_products import legalize_matmul
 from pruna_ir.backends.tvm_runtime import (
     ENTRY,
     LIBRARY,
@@ -106,7 +107,7 @@ def _optimization(target: Any) -> Any:
             t.DecomposeOpsForInference(),
             t.CanonicalizeBindings(),
             _blocking(target),
-            t.LegalizeOps(),
+            t.LegalizeOps({"relax.matmul": legalize_matmul}),
             t.LiftTransformParams(),
             t.DeadCodeElimination(entries),
             t.AnnotateTIROpPattern(),

@@ -1,42 +1,290 @@
-"""CPU schedules of matrix products.
+"""Matrix products on CPUs: packed panels, register tiles, epilogues in the write-back.
 
     C[.., i, j] = sum_k A[.., i, k] * B[.., k, j]
 
-A panel of up to 64 columns at a time, so that B's panel stays in the cache while i runs.
+B is packed to panels P[j // p, k, j % p] of p columns, a few vector registers wide and filled up
+with zeros: once, at load, where B is made from weights alone, and before the product elsewhere. A
+tile of r rows by one panel is held in registers over all of k, so that every step of k reads one
+row of the panel and r numbers of A. What follows the product (bias, activation, residual) is
+computed as the tile is written out.
 
-Limits: products are in float32.
+The tile is chosen by rule: the least estimated time over the rows and panels that it makes, with
+two multiply-adds and two loads a cycle, among those that fit into the registers. Rows that do not
+fill the last tile are zeros in a copy of A.
+
+Limits: products are in float32; K and N must be constants; M and the batch may be symbolic.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
-from pruna_ir.backends.tvm_loops import LANES, extent, vectorize
+from pruna_ir.backends.tvm_loops import extent
 
-_PANELS = (64, 48, 32, 16, 8)
+PRODUCT = "packed_product"
+_PACK = "product_pack"
+_PAD, _CROP = "product_rows", "product_crop"
+_TILE = "pruna.tile"
+COPIES = (_PACK, _PAD)
+_UNKNOWN_ROWS = 6
+"""Rows of a tile where the number of rows is not known: wide panels, little waste on few rows."""
+_LATENCY = 4.0
+"""Cycles between a multiply-add and the next that reads its result."""
+
+
+@dataclass(frozen=True)
+class Registers:
+    """The vector registers of a processor.
+
+    Attributes:
+        lanes: float32 values in one.
+        count: how many there are.
+    """
+
+    lanes: int
+    count: int
+
+    @staticmethod
+    def of_target() -> Registers:
+        """Those of the current TVM target."""
+        import tvm
+
+        has = tvm.target.codegen.llvm_cpu_has_features
+        if has("avx512f"):
+            return Registers(16, 32)
+        return Registers(8, 16) if has("avx") else Registers(4, 16)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What is held in registers: ``rows`` by ``vectors`` registers of ``lanes`` columns."""
+
+    rows: int
+    vectors: int
+    lanes: int
+
+    @property
+    def panel(self) -> int:
+        """Columns of one panel."""
+        return self.vectors * self.lanes
+
+
+def choose_tile(rows: int, columns: int, registers: Registers) -> Tile:
+    """The tile of the least estimated time for a product of ``rows`` by ``columns``.
+
+    Args:
+        rows: the number of rows; 0 where it is not known.
+        columns: the number of columns.
+        registers: what the tile must fit into.
+    """
+
+    def cycles(tile: Tile) -> float:
+        tiles = -(-rows // tile.rows) if rows else 1 / tile.rows
+        work, loads = tile.rows * tile.vectors, tile.rows + tile.vectors
+        return tiles * -(-columns // tile.panel) * max(work / 2, loads / 2, _LATENCY)
+
+    most = min(rows, 16) if rows else _UNKNOWN_ROWS
+    wide = max(1, min(8, -(-columns // registers.lanes)))
+    tiles = [
+        Tile(r, v, registers.lanes)
+        for r in range(most if not rows else 1, most + 1)
+        for v in range(1, wide + 1)
+        if r * v + v + 1 < registers.count
+    ]
+    return min(tiles, key=lambda tile: (cycles(tile), abs(tile.rows - 2 * tile.vectors)))
+
+
+# -- relax to tensor expressions -----------------------------------------------------------------
+
+
+def legalize_matmul(builder: Any, call: Any) -> Any:
+    """The packed form of a ``relax.matmul``, or TVM's own where it does not apply."""
+    import tvm
+
+    a, b = call.args
+    if not _is_plain(a, b):
+        return tvm.ir.Op.get("relax.matmul").get_attr("FLegalize")(builder, call)
+    rows, columns = _constant(a.ty.shape[-2]), _constant(b.ty.shape[-1])
+    tile = choose_tile(rows, columns, Registers.of_target())
+    if b.ty.ndim == 2:
+        packed = builder.emit(builder.call_te(pack, b, tile.panel, primfunc_name_hint=_PACK))
+        return builder.call_te(
+            _packed(columns, tile), a, packed, primfunc_name_hint="matmul_packed"
+        )
+    return builder.call_te(_batched(tile), a, b, primfunc_name_hint="matmul_batched")
+
+
+def _constant(size: Any) -> int:
+    """A size; 0 where it is symbolic."""
+    from tvm import tirx
+
+    return int(size) if isinstance(size, (int, tirx.IntImm)) else 0
+
+
+def _is_plain(a: Any, b: Any) -> bool:
+    kinds = {str(getattr(v.ty.dtype, "dtype", v.ty.dtype)) for v in (a, b)}
+    if kinds != {"float32"} or a.ty.ndim < 2 or b.ty.ndim < 2:
+        return False
+    return all(_constant(size) for size in (a.ty.shape[-1], b.ty.shape[-2], b.ty.shape[-1]))
+
+
+def pack(b: Any, panel: int) -> Any:
+    """``P[.., j // panel, k, j % panel] = B[.., k, j]``, filled up with zeros."""
+    from tvm import te, tirx
+
+    *batch, k, n = b.shape
+    columns = int(n)
+
+    def element(*indices: Any) -> Any:
+        *leading, block, row, lane = indices
+        column = block * panel + lane
+        if columns % panel == 0:
+            return b(*leading, row, column)
+        zero = tirx.const(0, b.dtype)
+        return tirx.if_then_else(column < columns, b(*leading, row, column), zero)
+
+    return te.compute((*batch, -(-columns // panel), k, panel), element, name=_PACK)
+
+
+def _packed(columns: int, tile: Tile) -> Callable[[Any, Any], Any]:
+    """The product with a packed matrix [panels, K, panel]."""
+
+    def matmul(a: Any, packed: Any) -> Any:
+        def right(_: Sequence[Any], k: Any, j: Any) -> Any:
+            return packed[j // tile.panel, k, j % tile.panel]
+
+        return _product(a, list(a.shape)[:-2], right, columns, tile)
+
+    return matmul
+
+
+def _batched(tile: Tile) -> Callable[[Any, Any], Any]:
+    """The product of matrices with batch dimensions, which broadcast."""
+
+    def matmul(a: Any, b: Any) -> Any:
+        packed = pack(b, tile.panel)
+        batch = _broadcast(list(a.shape)[:-2], list(b.shape)[:-2])
+
+        def right(leading: Sequence[Any], k: Any, j: Any) -> Any:
+            own = _own(leading, list(b.shape)[:-2])
+            return packed(*own, j // tile.panel, k, j % tile.panel)
+
+        return _product(a, batch, right, int(b.shape[-1]), tile)
+
+    return matmul
+
+
+def _broadcast(a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
+    length = max(len(a), len(b))
+    left, right = [1] * (length - len(a)) + list(a), [1] * (length - len(b)) + list(b)
+    return [y if _constant(x) == 1 else x for x, y in zip(left, right, strict=True)]
+
+
+def _own(leading: Sequence[Any], sizes: Sequence[Any]) -> list[Any]:
+    """The batch indices of one operand."""
+    given = leading[len(leading) - len(sizes) :]
+    return [0 if _constant(size) == 1 else i for i, size in zip(given, sizes, strict=True)]
+
+
+def _product(
+    a: Any, batch: Sequence[Any], right: Callable[..., Any], columns: int, tile: Tile
+) -> Any:
+    from tvm import te, tirx
+
+    *own_batch, m, depth = a.shape
+    known = _constant(m)
+    # TVM can prove that m // r + 1 tiles cover a symbolic m, but not that its ceiling does.
+    rows = -(-known // tile.rows) * tile.rows if known else (m // tile.rows + 1) * tile.rows
+    wide = -(-columns // tile.panel) * tile.panel
+    source = a
+    if not known or rows != known:
+
+        def padded(*indices: Any) -> Any:
+            *_, i, _k = indices
+            return tirx.if_then_else(i < m, a(*indices), tirx.const(0, a.dtype))
+
+        source = te.compute((*own_batch, rows, depth), padded, name=_PAD)
+    k = te.reduce_axis((0, depth), name="k")
+
+    def element(*indices: Any) -> Any:
+        *leading, i, j = indices
+        left = source(*_own(leading, own_batch), i, k)
+        return te.sum(left * right(leading, k, j), axis=k)
+
+    held = te.compute(
+        (*batch, rows, wide), element, name=PRODUCT, attrs={_TILE: astuple(tile)}
+    )
+    return te.compute((*batch, m, columns), lambda *at: held(*at), name=_CROP)
+
+
+# -- schedule ------------------------------------------------------------------------------------
+
+
+def schedule_product(schedule: Any, block: Any) -> set[str]:
+    """Tile a product, and compute its only reader, if there is one, as a tile is written out.
+
+    Returns:
+        the name of the reader, where it is no block of its own any more.
+    """
+    rows, vectors, lanes = (int(v) for v in schedule.get(block).annotations[_TILE])
+    readers = schedule.get_consumers(block)
+    *batch, i, j, k = schedule.get_loops(block)
+    outer, wide, inner = schedule.split(j, [None, vectors, lanes])
+    tiles, row = schedule.split(i, [None, rows])
+    schedule.reorder(*batch, outer, tiles, k, row, wide, inner)
+    held = schedule.cache_write(block, 0, "local")
+    schedule.reverse_compute_at(held, tiles)
+    merged = {schedule.get(reader).name_hint for reader in readers}
+    if len(readers) != 1 or not _write_back(schedule, readers[0]):
+        merged = set()
+    schedule.parallel(schedule.fuse(*batch, outer, tiles))
+    for loop in (row, wide):
+        schedule.unroll(loop)
+    schedule.vectorize(inner)
+    first = schedule.get_loops(schedule.decompose_reduction(block, k))
+    schedule.unroll(first[-3])
+    schedule.unroll(first[-2])
+    schedule.vectorize(first[-1])
+    written = schedule.get_loops(held)
+    parts, lane = schedule.split(written[-1], [None, lanes])
+    schedule.vectorize(lane)
+    for loop in (written[-2], parts):
+        schedule.unroll(loop)
+    return merged
+
+
+def _write_back(schedule: Any, reader: Any) -> bool:
+    """Fold the reader into the copy out of the registers, where each element is read once."""
+    from tvm import s_tir
+
+    try:
+        schedule.reverse_compute_inline(reader)
+    except s_tir.ScheduleError:
+        return False
+    return True
 
 
 def schedule_matmul(schedule: Any, block: Any) -> None:
-    """Hold a panel of columns in registers over the whole reduction."""
-    loops = schedule.get_loops(block)
-    *batch, i, j, k = loops
-    width = extent(schedule, j)
-    panel = next((p for p in _PANELS if width and width % p == 0), 0)
-    lanes = min(LANES, panel)
-    if not panel:
-        schedule.reorder(*batch, i, k, j)
-        schedule.parallel(schedule.fuse(*batch, i) if batch else i)
-        schedule.decompose_reduction(block, k)
-        return
-    outer, wide, inner = schedule.split(j, [None, panel // lanes, lanes])
-    schedule.reorder(*batch, outer, i, k, wide, inner)
-    held = schedule.cache_write(block, 0, "local")
-    schedule.reverse_compute_at(held, i)
-    if extent(schedule, outer) == 1 and not batch:
-        schedule.parallel(i)
-    else:
-        schedule.parallel(schedule.fuse(*batch, outer) if batch else outer)
-    vectorize(schedule, block)
-    copied = schedule.split(schedule.get_loops(held)[-1], [None, lanes])
-    schedule.vectorize(copied[-1])
-    vectorize(schedule, schedule.decompose_reduction(block, k))
+    """A product that is not packed: rows in parallel, along the columns."""
+    *batch, i, j, k = schedule.get_loops(block)
+    schedule.reorder(*batch, i, k, j)
+    schedule.parallel(schedule.fuse(*batch, i) if batch else i)
+    schedule.decompose_reduction(block, k)
+
+
+def schedule_copy(schedule: Any, block: Any) -> None:
+    """Parallel and vectorised: a padded copy or a packed one."""
+    *outer, last = schedule.get_loops(block)
+    size = extent(schedule, last)
+    schedule.parallel(schedule.fuse(*outer) if len(outer) > 1 else outer[0])
+    if size > 1:
+        lanes = next(v for v in (16, 8, 4, 2, 1) if size % v == 0)
+        if lanes > 1:
+            schedule.vectorize(schedule.split(last, [None, lanes])[-1])
+
+
+__all__: Sequence[str] = (
+    "COPIES", "PRODUCT", "legalize_matmul", "schedule_copy", "schedule_matmul", "schedule_product",
+)  # fmt: skip

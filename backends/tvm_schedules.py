@@ -58,9 +58,16 @@ def _schedule_function(function: Any) -> Any:
         if schedule.get(block).name_hint == tvm_convolutions.ACCUMULATE:
             tvm_convolutions.schedule_convolution(schedule, block)
             return schedule.mod["main"]
-    for block in schedule.get_child_blocks(root):
-        name = schedule.get(block).name_hint
-        if name == "matmul" and len(schedule.get_loops(block)) >= 3:
+    written: set[str] = set()
+    blocks = [(block, schedule.get(block).name_hint) for block in schedule.get_child_blocks(root)]
+    for block, name in blocks:
+        if name in written:
+            continue
+        if name == tvm_products.PRODUCT:
+            written |= tvm_products.schedule_product(schedule, block)
+        elif name in tvm_products.COPIES:
+            tvm_products.schedule_copy(schedule, block)
+        elif name == "matmul" and len(schedule.get_loops(block)) >= 3:
             tvm_products.schedule_matmul(schedule, block)
         else:
             _schedule_loops(schedule, block)
