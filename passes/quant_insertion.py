@@ -249,7 +249,7 @@ class Insertion:
                 self.granularity == "channel",
             )
         )
-        rw.assure(WeightErrors(self.weights))
+        rw.assure(WeightErrors(self.weights, self.scales == "powers-of-two"))
 
     # -- activations -----------------------------------------------------------------------
 

@@ -132,9 +132,13 @@ def _on_one_of(
     return inside and any(
         (grid.qmin, grid.qmax) == bounds
         and (not grid.symmetric or not zero.any())
-        and (not grid.powers or torch.equal(power_of_two(scale.double()), scale.double()))
+        and (not grid.powers or _is_exact(scale.double(), zero))
         for grid in grids
     )
+
+
+def _is_exact(scale: torch.Tensor, zero: torch.Tensor) -> bool:
+    return torch.equal(power_of_two(scale), scale) and not bool((zero % 2).any())
 
 
 def _has_quantised_weight(program: Program, layers: Mapping[str, fx.Node], name: str) -> bool:
@@ -151,9 +155,11 @@ class WeightErrors:
 
     Attributes:
         method: how the scales were chosen, ``minmax`` or ``mse``.
+        powers: whether scales are powers of two.
     """
 
     method: str
+    powers: bool = False
 
     def __call__(self, before: Program, after: Program, context: Context) -> list[Finding]:  # noqa: ARG002
         """The worst weight's largest error in steps, and with mse its error over minmax's."""
@@ -177,7 +183,9 @@ class WeightErrors:
             return found
         others = [d for d in range(weight.dim()) if d != axis]
         most = weight.abs().amax(others, keepdim=True)
-        widest = torch.where(most > 0, most / call.number("qmax"), 1.0).clamp(min=SMALLEST_SCALE)
+        step = most / call.number("qmax")
+        step = power_of_two(step) if self.powers else step
+        widest = torch.where(most > 0, step, 1.0).clamp(min=SMALLEST_SCALE)
         base = (_quantised(weight, widest, axis, call) - weight).square().sum(others)
         own = error.square().sum(others)
         ratio = float((own / base.clamp(min=1e-30)).max()) if base.numel() else 0.0

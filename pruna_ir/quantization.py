@@ -17,7 +17,8 @@ infinities are refused with the layer's name.
 On a grid with ``powers``, the scale is the least power of two that is no smaller (Jain et al.,
 MLSys 2020). Scaling by powers of two is exact in every float type, and so is every sum of fewer
 than 24 bits: what a program computes then depends neither on the order of its sums nor on how a
-runtime rescales its integers.
+runtime rescales its integers. Its zero point is even, so that halves, which are common then, round
+to the same integer before the zero point is added as after it.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ PARTS = frozenset(
 class Grid:
     """The integers ``qmin..qmax``; ``symmetric`` fixes the zero point at 0.
 
-    ``powers`` wants scales that are powers of two.
+    ``powers`` wants scales that are powers of two, and even zero points.
 
     >>> U8_ASYMMETRIC.bits, U8_ASYMMETRIC.dtype, S8_SYMMETRIC.dtype
     (8, torch.uint8, torch.int8)
@@ -234,8 +235,7 @@ def choose_parameters(
     if grid.symmetric:
         zero = torch.zeros_like(scale, dtype=torch.int32)
     else:
-        exact = grid.qmin - torch.round(least / scale.double())
-        zero = exact.clamp(grid.qmin, grid.qmax).to(torch.int32)
+        zero = _zero_point(least / scale.double(), grid)
     return QuantParameters(scale, zero, grid, axis)
 
 
@@ -243,6 +243,13 @@ def _scale(least: torch.Tensor, most: torch.Tensor, grid: Grid) -> torch.Tensor:
     if grid.symmetric:
         return torch.maximum(least / grid.qmin, most / grid.qmax)
     return (most - least) / (grid.qmax - grid.qmin)
+
+
+def _zero_point(least: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The integer that stands for 0 where the least value is ``least`` steps (at most 0)."""
+    every = 2 if grid.powers else 1
+    exact = grid.qmin - every * torch.round(least / every)
+    return exact.clamp(grid.qmin, grid.qmax - grid.qmax % every).to(torch.int32)
 
 
 def power_of_two(scale: torch.Tensor) -> torch.Tensor:

@@ -87,7 +87,20 @@ def test_powers_of_two_are_the_least_that_cover_the_range(a: float, b: float, gr
     elif wanted > Fraction(SMALLEST_SCALE):
         # float64 divides once before: a quotient just above a power may round down to it.
         assert wanted * (1 - Fraction(1, 2**50)) <= scale < 2 * wanted * (1 + Fraction(1, 2**50))
-    assert grid.qmin <= int(chosen.zero_point) <= grid.qmax
+    zero = int(chosen.zero_point)
+    assert grid.qmin <= zero <= grid.qmax
+    assert zero % 2 == 0
+    assert (grid.qmin - zero) * scale <= low + scale
+    assert (grid.qmax - zero) * scale >= high - scale
+
+
+@given(st.integers(-600, 600), grids, bounds, bounds)
+def test_halves_round_alike_before_and_after_the_zero_point(
+    halves: int, grid: Grid, a: float, b: float
+) -> None:
+    chosen = choose_parameters(min(a, b), max(a, b), replace(grid, powers=True), "layer")
+    value, zero = Fraction(halves, 2), int(chosen.zero_point)
+    assert round(value) + zero == round(value + zero)
 
 
 def test_powers_stay_with_other_bits_and_beyond_float32_is_refused() -> None:

@@ -10,7 +10,9 @@ tool gets the same ones. Accuracy: all images of the test part, which nothing el
 
 Ours, each quantised for the runtime that executes it:
 
-    W8A8   round to nearest, for every backend of ``--backends``
+    W8A8   round to nearest, for every backend of ``--backends``, scales powers of two; with
+           the method ``any-scales`` also with finer ones, whose artifacts differ in rounding
+           from torch (and torch in float32 from torch in float64)
     W4A8   equalised, learned rounding (AdaRound), biases corrected; for ``--few-bits-target``
     W4A4   with ``--w4a4 FILE``, ResNet-20: the program of FILE, or, where there is no such file
            yet, one trained here (LSQ, towards the float network's scores, ``--epochs`` over the
@@ -58,10 +60,12 @@ CALIBRATION = 512
 IMAGES = 10_000
 BATCH = 100
 BACKENDS = ("eager", "onnx", "openvino", "tvm")
-METHODS = ("w8a8", "w4a8", "w4a4", "peers")
+METHODS = ("w8a8", "any-scales", "w4a8", "w4a4", "peers")
 W8A8 = (
-    "canonicalize,fold-batch-norm,insert-fake-quant{samples=512,scales=powers-of-two},round-biases,eliminate-dead-code"
+    "canonicalize,fold-batch-norm,insert-fake-quant{samples=512,scales=SCALES},round-biases,"
+    "eliminate-dead-code"
 )
+SCALES = {"w8a8": "powers-of-two", "any-scales": "any"}
 W4A8 = (
     "canonicalize,fold-batch-norm,equalize-layers,insert-fake-quant{bits=[w4a8],samples=512,"
     "sqnr_db=0},round-weights{iterations=ITERATIONS},correct-bias,round-biases,eliminate-dead-code"
@@ -240,11 +244,11 @@ def simulation(program: Program) -> Scores:
 def ours(net: Net, arguments: argparse.Namespace) -> Iterator[Row]:
     """Every row of ours that was asked for."""
     few = arguments.few_bits_target
-    if "w8a8" in arguments.methods:
+    for scales in (s for name, s in SCALES.items() if name in arguments.methods):
         for target in arguments.backends:
             start = time.perf_counter()
-            program = compiled(net, W8A8, target)
-            yield from executed(net, program, (target,), "round to nearest", "W8A8", start)
+            program = compiled(net, W8A8.replace("SCALES", scales), target)
+            yield from executed(net, program, (target,), f"scales: {scales}", "W8A8", start)
     if "w4a8" in arguments.methods:
         start = time.perf_counter()
         text = W4A8.replace("ITERATIONS", str(arguments.iterations))

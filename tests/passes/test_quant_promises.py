@@ -117,6 +117,23 @@ def test_controls_fail(edit: Callable[[Rewrite], None], what: str) -> None:
     assert "dB" not in str(report)
 
 
+@pytest.mark.parametrize("method", ["minmax", "mse"])
+@pytest.mark.parametrize("bits", ["w8a8", "w3a4"])
+def test_they_hold_for_powers_of_two(method: str, bits: str) -> None:
+    pass_ = InsertFakeQuant(weights=method, scales="powers-of-two", bits=(bits,))
+    report = judged(pass_, nothing)
+    assert report.passed, report
+
+
+@pytest.mark.parametrize("name", ["block.conv1.weight_scale", "head.weight_scale"])
+def test_a_scale_that_is_no_power_of_two_fails_where_they_were_asked_for(name: str) -> None:
+    pass_ = InsertFakeQuant(scales="powers-of-two", sqnr_db=-1000.0)
+    report = judged(pass_, scaled(name, 1.01))
+    assert not report.passed
+    assert "off their grid" in report.where
+    assert judged(InsertFakeQuant(sqnr_db=-1000.0), scaled(name, 1.01)).passed
+
+
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_a_scale_that_costs_more_than_minmax_fails_for_mse(factor: float) -> None:
     pass_ = InsertFakeQuant(weights="mse", sqnr_db=-1000.0)
