@@ -1,0 +1,171 @@
+"""Speed of TVM artifacts in float32 beside the vendors' runtimes, and how far from the roofline.
+
+    python tests/benchmarks/kernel_speed.py                             # all networks, two cores
+    python tests/benchmarks/kernel_speed.py --threads 1 --models resnet18 --compile --default
+
+Networks as in ``quantized_speed.py``, batch 1, random weights. For each one table: our TVM
+artifact, OpenVINO with ``INFERENCE_PRECISION_HINT=f32``, ONNX Runtime and torch eager; with
+``--compile`` torch.compile, with ``--default`` TVM's own schedules (seconds a call on ResNets).
+All run in turns in one process, each twice untimed before it is timed, since the others have
+driven its weights from the caches and their threads spin for a while; times are medians, and a
+ratio to OpenVINO is the median over rounds. The roofline is the network's FLOPs (torch's counter)
+over the peak that a float32 product of 1536 x 1536 matrices reaches on the same threads. Exits 1
+where ours takes more than ``BOUNDS`` times as long as OpenVINO, or ResNet-50 compiles in 60 s or
+more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from quantized_speed import MODELS, Network, network
+from torch.utils.flop_counter import FlopCounterMode
+
+from pruna_ir.backends.tvm_build import host_target
+from pruna_ir.backends.tvm_import import import_program
+from pruna_ir.build import build
+from pruna_ir.latency import Latency, measure
+from pruna_ir.lowering import LoadOptions
+
+NETWORKS = (MODELS[0], "resnet50", *MODELS[1:])
+BOUNDS = {"resnet18": 1.25, "resnet50": 1.25}
+"""The longest time of ours, in OpenVINO's."""
+BOUND = 1.5
+COMPILE_BOUND_S = 60.0
+_SIDE = 1536
+
+
+def peak(threads: int) -> float:
+    """Float32 operations a second of a large matrix product, the best of some."""
+    torch.set_num_threads(threads)
+    a, b = torch.randn(_SIDE, _SIDE), torch.randn(_SIDE, _SIDE)
+    best = float("inf")
+    for _ in range(12):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return 2 * _SIDE**3 / best
+
+
+def operations(net: Network) -> float:
+    """The additions and multiplications of one call."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        net.module(**_arguments(net)) if net.text else net.module(net.data.inputs[0][:1])
+    return float(counter.get_total_flops())
+
+
+def _arguments(net: Network) -> dict[str, torch.Tensor]:
+    return {net.program.inputs[0].name: torch.from_numpy(net.inputs[0])}
+
+
+# -- candidates -----------------------------------------------------------------------------------
+
+
+def _artifact(net: Network, target: str, folder: Path, threads: int) -> Callable[[], object]:
+    artifact = build(net.program, target, folder / target, verify=False)
+    runner = artifact.load(LoadOptions(threads=threads))
+    return lambda: runner.run(net.inputs)
+
+
+def _eager(net: Network, *, compiled: bool) -> Callable[[], object]:
+    """The module in torch, as it came or compiled."""
+    module: Any = torch.compile(net.module) if compiled else net.module
+    named = _arguments(net) if net.text else {}
+    given = () if net.text else (torch.from_numpy(net.inputs[0]),)
+
+    def run() -> object:
+        with torch.no_grad():
+            return module(*given, **named)
+
+    return run
+
+
+def _default(net: Network) -> Callable[[], object]:
+    """TVM's own pipeline and schedules."""
+    import tvm
+    from tvm import relax
+
+    imported = import_program(net.program)
+    executable = tvm.compile(imported.module, target=host_target())
+    machine = relax.VirtualMachine(executable, tvm.cpu())
+    given = [*net.inputs, *imported.parameters.values()]
+    tensors = [tvm.runtime.tensor(array) for array in given]
+    return lambda: machine["main"](*tensors)
+
+
+def candidates(
+    net: Network, folder: Path, arguments: argparse.Namespace
+) -> tuple[dict[str, Callable[[], object]], float]:
+    """What is timed, OpenVINO first, and the seconds that our artifact took to build."""
+    calls = {"openvino": _artifact(net, "openvino", folder, arguments.threads)}
+    start = time.perf_counter()
+    calls["ours (tvm)"] = _artifact(net, "tvm", folder, arguments.threads)
+    seconds = time.perf_counter() - start
+    calls["onnxruntime"] = _artifact(net, "onnx", folder, arguments.threads)
+    calls["torch eager"] = _eager(net, compiled=False)
+    if arguments.compile:
+        calls["torch.compile"] = _eager(net, compiled=True)
+    if arguments.default:
+        calls["tvm default"] = _default(net)
+    return calls, seconds
+
+
+# -- measuring ------------------------------------------------------------------------------------
+
+
+def compare(name: str, arguments: argparse.Namespace) -> list[str]:
+    """Print one network's rows; which bounds it does not hold."""
+    net = network(name, 8)
+    work, highest = operations(net), peak(arguments.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        calls, seconds = candidates(net, Path(folder), arguments)
+        found = measure(calls, repeats=arguments.rounds, budget_s=arguments.budget, warmup=3,
+                        settle=2)  # fmt: skip
+    print(
+        f"{name}: {work / 1e9:.2f} GFLOP, peak {highest / 1e9:.0f} GFLOP/s, roofline "
+        f"{work / highest * 1e3:.2f} ms, batch 1, {arguments.threads} threads; compiled in "
+        f"{seconds:.1f} s"
+    )
+    for engine, taken in found.items():
+        print(_row(engine, taken, work, highest), flush=True)
+    ratio, bound = 1 / found["ours (tvm)"].speedup, BOUNDS.get(name, BOUND)
+    missed = [f"{name}: {ratio:.2f}x of OpenVINO's time, bound {bound}"] if ratio > bound else []
+    if name == "resnet50" and seconds >= COMPILE_BOUND_S:
+        missed.append(f"{name}: compiled in {seconds:.0f} s, bound {COMPILE_BOUND_S:.0f} s")
+    return missed
+
+
+def _row(engine: str, taken: Latency, work: float, highest: float) -> str:
+    rate = work / (taken.p50 / 1e3)
+    return (
+        f"  {engine:<14} {taken.p50:9.2f} ms  {1 / taken.speedup:6.2f}x OpenVINO  "
+        f"{rate / 1e9:6.0f} GFLOP/s  {rate / highest:5.0%} of peak  ({taken.rounds} rounds)"
+    )
+
+
+def main() -> None:
+    """Print a table a network."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="*", default=list(NETWORKS), choices=NETWORKS)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--budget", type=float, default=20.0, help="seconds a network")
+    parser.add_argument("--compile", action="store_true", help="torch.compile as well")
+    parser.add_argument("--default", action="store_true", help="TVM's own schedules as well")
+    arguments = parser.parse_args()
+    missed = [line for name in arguments.models for line in compare(name, arguments)]
+    for line in missed:
+        print(f"missed: {line}")
+    sys.exit(1 if missed else 0)
+
+
+if __name__ == "__main__":
+    main()
