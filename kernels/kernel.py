@@ -21,8 +21,11 @@ class Kernel:
             and as documentation.
         primitive: True where backends translate the operator itself (``fake_quant``) and it is
             therefore never decomposed.
+        decomposition: what the operator becomes for a backend that does not know it, where that
+            is another form than the reference: one ATen operator that backends have for it.
     """
 
     op: torch._ops.OpOverload
     reference: Callable[..., Any]
     primitive: bool = False
+    decomposition: Callable[..., Any] | None = None

@@ -20,5 +20,6 @@ def decompose(program: Program, *, keep: Collection[Any] = ()) -> Program:
     known = kernels()
     fused = [op for op, kernel in known.items() if not kernel.primitive and op not in keep]
     for node in list(rw.program.calls(*fused)) if fused else []:
-        rw.inline(node, known[node.target].reference, bind_arguments(node))
+        kernel = known[node.target]
+        rw.inline(node, kernel.decomposition or kernel.reference, bind_arguments(node))
     return rw.finish()

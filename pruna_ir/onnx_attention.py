@@ -32,11 +32,13 @@ from torch import fx
 
 from pruna_ir.call import bind_arguments
 from pruna_ir.program import Program, shape_of
+from pruna_ir.registry import kernels
 from pruna_ir.transform import Context, Rewrite
 
 aten = torch.ops.aten
 
 _ATTENTION = aten.scaled_dot_product_attention.default
+_FUSED = "pruna.attention.default"
 
 
 def with_plain_attention(program: Program) -> Program:
@@ -48,7 +50,7 @@ def with_plain_attention(program: Program) -> Program:
         arguments = bind_arguments(node)
         _make_contiguous(rw, node)
         if _is_plain(arguments):
-            rw.inline(node, _spelt_out, arguments)
+            rw.inline(node, *_spelt_out(arguments))
         elif not _fits(arguments):
             _merge_heads(rw, node, arguments)
     return rw.finish()
@@ -61,23 +63,15 @@ def _is_plain(arguments: dict[str, Any]) -> bool:
     return not special and len(shape) > 1 and isinstance(shape[-1], int)
 
 
-def _spelt_out(
-    query: Any, key: Any, value: Any, attn_mask: Any, scale: float | None, **_: Any
-) -> Any:
-    size = query.node.meta["val"].shape[-1]
-    factor = 1.0 / math.sqrt(size) if scale is None else scale
-    scores = aten.matmul.default(query, aten.transpose.int(key, -2, -1))
-    scores = aten.mul.Tensor(scores, factor)
-    if attn_mask is None:
-        return aten.matmul.default(aten.softmax.int(scores, -1), value)
-    if attn_mask.node.meta["val"].dtype is torch.bool:
-        hidden = aten.logical_not.default(attn_mask)
-        scores = aten.masked_fill.Scalar(scores, hidden, -math.inf)
-    else:
-        scores = aten.add.Tensor(scores, attn_mask)
-    shares = aten.softmax.int(scores, -1)
-    shares = aten.masked_fill.Scalar(shares, aten.isnan.default(shares), 0.0)
-    return aten.matmul.default(shares, value)
+def _spelt_out(arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The function that spells attention out, the reference of the kernel, and its arguments."""
+    size = (shape_of(arguments["query"]) or ())[-1]
+    scale = arguments["scale"]
+    operands = {name: arguments[name] for name in ("query", "key", "value")}
+    (reference,) = (k.reference for op, k in kernels().items() if str(op) == _FUSED)
+    factor = 1.0 / math.sqrt(int(size)) if scale is None else float(scale)
+    mask = arguments["attn_mask"]
+    return reference, {**operands, "mask": mask, "causal": False, "scale": factor}
 
 
 def _make_contiguous(rw: Rewrite, node: fx.Node) -> None:

@@ -9,14 +9,18 @@ from torch import nn
 from pruna_ir.capture import capture
 from pruna_ir.checks import check
 from pruna_ir.data import TensorData
+from pruna_ir.kernels import attention
+from pruna_ir.passes.fuse_attention import FuseAttention
 from pruna_ir.passes.insert_fake_quant import InsertFakeQuant
 from pruna_ir.passes.quant_placement import is_quantised
 from pruna_ir.passes.spell_out_attention import SpellOutAttention
 from pruna_ir.program import Program
 from pruna_ir.transform import Context, apply
 from pruna_ir.verify import verify
+from tests.passes.corpus import targets
 
 aten = torch.ops.aten
+FUSED = attention.KERNEL.op
 
 
 class Attention(nn.Module):
@@ -77,14 +81,45 @@ def test_fused_attention_says_how_its_products_are_reached() -> None:
     assert any("run spell-out-attention first" in r.message for r in result.remarks)
 
 
-def test_what_it_leaves_alone() -> None:
+def test_grouped_queries_get_keys_of_their_own() -> None:
     class Grouped(nn.Module):
         def forward(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
             return nn.functional.scaled_dot_product_attention(q, k, k, enable_gqa=True)
 
     program = capture(Grouped().eval(), (torch.randn(2, 4, 5, 3), torch.randn(2, 2, 5, 3)))
     result = apply(SpellOutAttention(), program)
+    assert len(list(result.program.calls(aten.matmul.default))) == 2
+    report = check(SpellOutAttention(), program, result.program)
+    assert report.passed, report
+
+
+def test_spells_out_the_fused_operator_too() -> None:
+    program = captured("boolean")
+    fused = apply(FuseAttention(), program).program
+    spelt_out = apply(SpellOutAttention(), fused).program
+    assert sum(name == "aten.matmul" for name in targets(spelt_out)) == 2
+    assert not list(spelt_out.calls(FUSED))
+    torch.testing.assert_close(spelt_out(*program.examples), program(*program.examples))
+
+
+def test_rows_that_are_masked_wholly_give_zeros() -> None:
+    program = captured("boolean")
+    hidden = program.tensor("mask").clone()
+    hidden[2] = False
+    program.module.mask.copy_(hidden)
+    spelt_out = apply(SpellOutAttention(), program).program
+    x = torch.randn(2, 5, 8)
+    torch.testing.assert_close(spelt_out(x)[0], program(x)[0])
+
+
+def test_what_it_leaves_alone() -> None:
+    class Dropping(nn.Module):
+        def forward(self, q: torch.Tensor) -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=0.5)
+
+    program = capture(Dropping(), (torch.randn(2, 4, 5, 3),), train=True)
+    result = apply(SpellOutAttention(), program)
     assert not result.modified
     assert [r.message for r in result.remarks] == [
-        "its queries are grouped, which is not spelt out"
+        "it has dropout; call model.eval() before capture"
     ]

@@ -1,0 +1,233 @@
+"""Scaled dot-product attention as one operator: every spelling of it, grouped queries included.
+
+    scores = query @ transpose(key) * scale        (+ mask, or -inf where a mask is false)
+    result = softmax(scores) @ value
+
+Vaswani et al., Attention Is All You Need (2017), equation 1; grouped queries as in Ainslie et al.,
+GQA (2023): ``heads`` queries share ``heads / groups`` keys and values. A query that its mask hides
+from every key gives zeros, where the formula alone would divide zero by zero.
+
+The fast path is torch's fused attention, which never stores the scores; it reads grouped keys in
+place, where models repeat them in memory. Projections are no part of the operator: rotary
+embeddings, normalised queries and caches stand between them and the product in half of today's
+models, and a linear layer is as fast alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from pruna_ir.errors import UsageError
+from pruna_ir.kernels.kernel import Kernel
+
+_aten = torch.ops.aten
+_SDPA = _aten.scaled_dot_product_attention.default
+
+_SCHEMA = (
+    "(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float scale) -> Tensor"
+)
+
+
+@torch.library.custom_op("pruna::attention", mutates_args=(), schema=_SCHEMA)
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+) -> torch.Tensor:
+    """Softmax-weighted sums of values, one for each query.
+
+    Args:
+        query: [..., heads, queries, size], any floating dtype.
+        key: [..., heads / groups, keys, size]; each head serves ``groups`` heads of queries in
+            a row.
+        value: [..., heads / groups, keys, out].
+        mask: broadcasts to [..., heads, queries, keys]: true where a query sees a key, or of the
+            dtype of ``query`` and added to the scores. None hides nothing.
+        causal: query i sees the keys 0 to i alone; excludes a mask.
+        scale: what the products are multiplied by, commonly 1 / sqrt(size).
+
+    Returns:
+        [..., heads, queries, out], the dtype of ``query``; differentiable in all tensors. In
+        memory the heads stand behind the queries, where the layer after it wants them.
+
+    Raises:
+        UsageError: a mask is given and ``causal`` is set.
+        RuntimeError: shapes or dtypes do not fit.
+
+    >>> q = torch.zeros(1, 2, 1)
+    >>> attention(q, q, torch.tensor([[[2.0], [4.0]]]), None, True, 1.0).flatten()
+    tensor([2., 3.])
+    """
+    _check(query, key, value, mask, causal=causal)
+    y: torch.Tensor = _SDPA(
+        query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=_groups(query, key) > 1
+    )
+    return y.transpose(-3, -2).contiguous().transpose(-3, -2) if y.dim() > 2 else y.contiguous()
+
+
+def attention_reference(
+    query: Any, key: Any, value: Any, mask: Any, causal: bool, scale: float
+) -> Any:
+    """The operator's meaning in ATen operators, as two matrix products and a softmax.
+
+    The one place where attention is spelt out: passes and backends inline it.
+    """
+    key, value = _repeated(query, key, value)
+    scores = _aten.mul.Tensor(
+        _aten.matmul.default(query, _aten.transpose.int(key, -2, -1)), float(scale)
+    )
+    if causal:
+        mask = _causal_mask(query, key)
+        scores = _aten.masked_fill.Scalar(scores, _aten.logical_not.default(mask), -math.inf)
+    if mask is None or causal:
+        return _aten.matmul.default(_aten.softmax.int(scores, -1), value)
+    if _value(mask).dtype is torch.bool:
+        scores = _aten.masked_fill.Scalar(scores, _aten.logical_not.default(mask), -math.inf)
+    else:
+        scores = _aten.add.Tensor(scores, mask)
+    # The rows are filled before the softmax too, whose gradient would be NaN there.
+    hidden = _aten.eq.Scalar(_aten.amax.default(scores, [-1], keepdim=True), -math.inf)
+    shares = _aten.softmax.int(_aten.masked_fill.Scalar(scores, hidden, 0.0), -1)
+    return _aten.matmul.default(_aten.masked_fill.Scalar(shares, hidden, 0.0), value)
+
+
+def attention_decomposition(
+    query: Any, key: Any, value: Any, mask: Any, causal: bool, scale: float
+) -> Any:
+    """The operator as ATen's own, keys repeated: the form that backends know attention in."""
+    key, value = _repeated(query, key, value)
+    return _SDPA(query, key, value, mask, is_causal=causal, scale=float(scale))
+
+
+def _value(tensor: Any) -> torch.Tensor:
+    """A tensor, or the fake one of a proxy's node."""
+    return tensor.node.meta["val"] if hasattr(tensor, "node") else tensor  # type: ignore[no-any-return]
+
+
+def _groups(query: Any, key: Any) -> int:
+    """How many heads of queries share a head of keys."""
+    ours, theirs = _value(query).shape, _value(key).shape
+    if len(ours) < 3:
+        return 1
+    torch._check(
+        theirs[-3] > 0 and ours[-3] % theirs[-3] == 0,
+        lambda: f"attention: {ours[-3]} heads of queries cannot share {theirs[-3]} heads of keys",
+    )
+    return int(ours[-3] // theirs[-3])
+
+
+def _repeated(query: Any, key: Any, value: Any) -> tuple[Any, Any]:
+    """Key and value with a head of their own for every head of queries."""
+    groups = _groups(query, key)
+    return (key, value) if groups == 1 else (_repeat(key, groups), _repeat(value, groups))
+
+
+def _repeat(tensor: Any, groups: int) -> Any:
+    sizes = [-1] * (len(_value(tensor).shape) + 1)
+    sizes[-3] = groups
+    expanded = _aten.expand.default(_aten.unsqueeze.default(tensor, -3), sizes)
+    return _aten.flatten.using_ints(expanded, -4, -3)
+
+
+def _causal_mask(query: Any, key: Any) -> Any:
+    """[queries, keys], true where a query may see a key."""
+    sizes = [_size(tensor, -2) for tensor in (query, key)]
+    ones = _aten.new_ones.default(query, sizes, dtype=torch.bool)
+    return _aten.tril.default(ones)
+
+
+def _size(tensor: Any, axis: int) -> Any:
+    """A known size as a number, another as what computes it."""
+    if isinstance(tensor, torch.Tensor):
+        return tensor.shape[axis]
+    known = tensor.node.meta.get("val")
+    size = None if known is None else known.shape[axis]
+    return size if isinstance(size, int) else _aten.sym_size.int(tensor, axis)
+
+
+def _check(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    causal: bool,
+) -> None:
+    if causal and mask is not None:
+        raise UsageError("attention takes a mask or causal=True, not both; combine them first")
+    fits = (
+        query.dim() == key.dim() == value.dim() >= 2
+        and query.shape[-1] == key.shape[-1]
+        and query.shape[:-3] == key.shape[:-3]
+        and key.shape[:-1] == value.shape[:-1]
+    )
+    torch._check(
+        fits,
+        lambda: f"attention: query is {list(query.shape)}, key {list(key.shape)}, "
+        f"value {list(value.shape)}",
+    )
+    torch._check(
+        query.dtype == key.dtype == value.dtype,
+        lambda: f"attention: query is {query.dtype}, key {key.dtype}, value {value.dtype}",
+    )
+    _groups(query, key)
+    if mask is not None:
+        _check_mask(query, key, mask)
+
+
+def _check_mask(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor) -> None:
+    torch._check(
+        mask.dtype in (torch.bool, query.dtype),
+        lambda: f"attention: the mask is {mask.dtype}, neither bool nor {query.dtype}",
+    )
+    scores = [*query.shape[:-1], key.shape[-2]]
+    torch._check(
+        mask.dim() <= len(scores)
+        and all(m in (1, s) for m, s in zip(reversed(mask.shape), reversed(scores), strict=False)),
+        lambda: f"attention: the mask is {list(mask.shape)}, the scores are {scores}",
+    )
+
+
+@attention.register_fake
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float,  # noqa: ARG001
+) -> torch.Tensor:
+    _check(query, key, value, mask, causal=causal)
+    if query.dim() == 2:
+        return query.new_empty([query.shape[0], value.shape[-1]])
+    *lead, heads, queries, _ = query.shape
+    return query.new_empty([*lead, queries, heads, value.shape[-1]]).transpose(-3, -2)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG001
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:]
+
+
+def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of the reference, which is run again from the saved inputs."""
+    saved = ctx.saved_tensors
+    wanted = [t for t, needed in zip(saved, ctx.needs_input_grad, strict=False) if needed]
+    twice = torch.is_grad_enabled()
+    with torch.enable_grad():
+        y = attention_reference(*saved, *ctx.options)
+        found = iter(torch.autograd.grad(y, wanted, grad, create_graph=twice))
+    return (*[next(found) if needed else None for needed in ctx.needs_input_grad[:4]], None, None)
+
+
+torch.library.register_autograd("pruna::attention", _gradients, setup_context=_save)
+
+KERNEL = Kernel(
+    torch.ops.pruna.attention.default, attention_reference, decomposition=attention_decomposition
+)
