@@ -1,8 +1,15 @@
-"""Eager: the reference backend; the program itself, saved and run by torch.
+"""Eager and reference: the program itself, saved, and run by torch.
 
-The artifact is one file, ``program.pt2`` (see `pruna_ir.serialize`). Fused operators run their own
-kernels, quantised programs run in float arithmetic on quantised values: eager says what a program
-computes, not how fast an integer kernel is.
+For both backends the artifact is one file, ``program.pt2`` (see `pruna_ir.serialize`); they differ
+in what loading it gives:
+
+- ``eager`` is a runtime to serve from: layers run in oneDNN on weights that are packed when the
+  artifact is loaded, with residual and activation fused (see `pruna_ir.backends.packed_program`).
+  Results differ from the program's by rounding, and are the same to the last bit in every run.
+- ``reference`` runs the program's own operators one by one, to the same bits as the program.
+
+Quantised programs run in float arithmetic on quantised values: both say what a program computes,
+not how fast an integer kernel is. What runs packed and what plain, and why, stands in the audit.
 
 Limit: artifacts speak numpy, which has no bfloat16; give the program float32 inputs and outputs.
 """
@@ -21,6 +28,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from pruna_ir.backends.packed_program import KINDS, PackedProgram, short_name
 from pruna_ir.lowering import Availability, KernelRow, LoadOptions, Lowered, Offender, Runner
 from pruna_ir.program import Program, dtype_of, module_path
 from pruna_ir.quantization import U8_ASYMMETRIC, QuantScheme
@@ -31,10 +39,10 @@ MAIN = "program.pt2"
 
 
 @dataclass(frozen=True)
-class Eager:
-    """Saves programs and runs them in torch."""
+class Reference:
+    """Saves programs and runs them in torch, operator by operator."""
 
-    name: ClassVar[str] = "eager"
+    name: ClassVar[str] = "reference"
     api_version: ClassVar[int] = API_VERSION
     scheme: ClassVar[QuantScheme] = QuantScheme(U8_ASYMMETRIC)
     zeros: ClassVar[Mapping[str, str]] = {"": "dense speed: zeros are multiplied like any number"}
@@ -62,10 +70,49 @@ class Eager:
         Raises:
             CaptureError: the file is no saved program.
         """
+        return ReferenceRunner(load_program(folder / MAIN), options.threads)
+
+
+@dataclass(frozen=True)
+class Eager(Reference):
+    """Saves programs and runs them in torch, with packed weights and fused layers."""
+
+    name: ClassVar[str] = "eager"
+
+    def load(self, folder: Path, options: LoadOptions) -> Runner:
+        """The program with packed weights, ready to run.
+
+        Raises:
+            CaptureError: the file is no saved program.
+        """
         return EagerRunner(load_program(folder / MAIN), options.threads)
 
 
 class EagerRunner:
+    """A packed program behind the runner's interface."""
+
+    def __init__(self, program: Program, threads: int) -> None:
+        self._packed = PackedProgram(program)
+        self._threads = threads
+
+    def run(self, inputs: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        """One array per output for one array per input."""
+        with _threads(self._threads):
+            return [output.numpy() for output in self._packed(*_tensors(inputs))]
+
+    def layer_times(self, inputs: Sequence[np.ndarray[Any, Any]], runs: int) -> dict[str, float]:
+        """Milliseconds of every step, the median over some runs, by ``module path/node``."""
+        tensors = _tensors(inputs)
+        with _threads(self._threads):
+            taken = [self._packed.step_times(tensors) for _ in range(runs)]
+        return {name: statistics.median(t[name] for t in taken) for name in taken[0]}
+
+    def audit(self) -> list[KernelRow]:
+        """Every operator that runs, packed or plain, with the dtype that it computes in."""
+        return list(self._packed.rows)
+
+
+class ReferenceRunner:
     """A program behind the runner's interface."""
 
     def __init__(self, program: Program, threads: int) -> None:
@@ -74,14 +121,12 @@ class EagerRunner:
 
     def run(self, inputs: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
         """One array per output for one array per input."""
-        whole = (np.require(value, requirements=("C", "W")) for value in inputs)
-        tensors = [torch.from_numpy(value) for value in whole]
         with torch.no_grad(), _threads(self._threads):
-            return [output.numpy() for output in self._program(*tensors)]
+            return [output.numpy() for output in self._program(*_tensors(inputs))]
 
     def layer_times(self, inputs: Sequence[np.ndarray[Any, Any]], runs: int) -> dict[str, float]:
         """Milliseconds of every operator, the median over some runs, by its node's name."""
-        tensors = [torch.from_numpy(np.require(v, requirements=("C", "W"))) for v in inputs]
+        tensors = _tensors(inputs)
         taken: dict[str, list[float]] = {}
         with torch.no_grad(), _threads(self._threads):
             for _ in range(runs):
@@ -93,7 +138,7 @@ class EagerRunner:
         return [
             KernelRow(
                 layer=module_path(node) or node.name,
-                kind=_KINDS.get(_short(node.target), _short(node.target)),
+                kind=KINDS.get(short_name(node.target), short_name(node.target)),
                 precision=str(dtype_of(node)).removeprefix("torch."),
                 detail=str(node.target),
             )
@@ -118,35 +163,19 @@ class _Timed(fx.Interpreter):
         return result
 
 
-_KINDS = {
-    "conv1d": "conv",
-    "conv2d": "conv",
-    "conv3d": "conv",
-    "convolution": "conv",
-    "conv_act": "conv",
-    "conv_transpose1d": "conv",
-    "conv_transpose2d": "conv",
-    "conv_transpose3d": "conv",
-    "linear": "linear",
-    "addmm": "linear",
-    "mm": "matmul",
-    "bmm": "matmul",
-    "scaled_dot_product_attention": "attention",
-}
-
-
-def _short(target: Any) -> str:
-    """``conv2d`` for ``aten.conv2d.default``."""
-    parts = str(target).split(".")
-    return parts[1] if len(parts) > 1 else parts[0]
+def _tensors(arrays: Sequence[np.ndarray[Any, Any]]) -> list[torch.Tensor]:
+    whole = (np.require(array, requirements=("C", "W")) for array in arrays)
+    return [torch.from_numpy(array) for array in whole]
 
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
     """Torch's number of threads for a while; 0 leaves it."""
     before = torch.get_num_threads()
-    if count:
-        torch.set_num_threads(count)
+    if count in (0, before):
+        yield
+        return
+    torch.set_num_threads(count)
     try:
         yield
     finally:

@@ -121,12 +121,14 @@ def _pushed(levels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     noisy = (levels + noise * NOISE_STEPS).contiguous()
     if not levels.numel():
         return noisy
-    offset = (levels - levels.floor() - 0.5).reshape(-1)  # below 0: rounds down
+    offset = (levels - levels.floor() - 0.5).reshape(-1)  # from the boundary
     nearest = int(offset.abs().argmin())
     distance = float(offset[nearest])
     if abs(distance) <= NEAREST_STEPS:
-        pushed = float(levels.reshape(-1)[nearest]) - distance
-        noisy.view(-1)[nearest] = pushed + (1e-3 if distance < 0 else -1e-3)
+        value = levels.reshape(-1)[nearest]
+        # A tie goes to the even side: not always up.
+        goes_down = bool(value.round() == value.floor())
+        noisy.view(-1)[nearest] = float(value) - distance + (1e-3 if goes_down else -1e-3)
     return noisy
 
 

@@ -27,7 +27,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from pruna_ir.call import bind_arguments
-from pruna_ir.program import Program, shape_of
+from pruna_ir.program import Program, dtype_of, shape_of
 
 aten = torch.ops.aten
 
@@ -124,10 +124,13 @@ def _writes(program: Program) -> bool:
 
 def _is_plain_image(node: fx.Node) -> bool:
     """Whether a value is a contiguous float32 tensor of four dimensions on the CPU."""
+    return dtype_of(node) == torch.float32 and _is_image(node)
+
+
+def _is_image(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return (
         isinstance(value, torch.Tensor)
-        and value.dtype == torch.float32
         and value.device.type == "cpu"
         and value.dim() == 4
         and is_contiguous(value)
@@ -200,11 +203,16 @@ def _addend(add: fx.Node, conv: fx.Node) -> fx.Node | None:
 class Layouts:
     """Which values are channels-last though the program has them contiguous.
 
+    Args:
+        packed: the nodes whose values are so by themselves.
+        keeping: further operators that give channels-last images for such.
+
     >>> layouts = Layouts(())
     """
 
-    def __init__(self, packed: Collection[fx.Node]) -> None:
+    def __init__(self, packed: Collection[fx.Node], keeping: Collection[Any] = ()) -> None:
         self._packed = packed
+        self._keeping = _KEEP_LAYOUT.union(keeping)
         self._changed: set[fx.Node] = set()
 
     def restores(self, node: fx.Node) -> tuple[fx.Node, ...]:
@@ -213,13 +221,25 @@ class Layouts:
             self._changed.add(node)
             return ()
         changed = tuple(source for source in node.all_input_nodes if source in self._changed)
-        if not changed:
+        if not changed or _reads_sizes(node) or _averages_images(node):
             return ()
-        if not _keeps_layout(node) or not _is_plain_image(node):
+        if not self._keeps_layout(node) or not _is_image(node):
             return changed
         self._changed.add(node)
         return ()
 
+    def _keeps_layout(self, node: fx.Node) -> bool:
+        tags = getattr(node.target, "tags", ())
+        return torch.Tag.pointwise in tags or node.target in self._keeping
 
-def _keeps_layout(node: fx.Node) -> bool:
-    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in _KEEP_LAYOUT
+
+def _reads_sizes(node: fx.Node) -> bool:
+    return node.target is aten.sym_size.int
+
+
+def _averages_images(node: fx.Node) -> bool:
+    """Whether a node averages whole images: one number a channel has but one layout."""
+    if node.target is not aten.mean.dim:
+        return False
+    axes = bind_arguments(node)["dim"]
+    return axes is not None and sorted(axis % 4 for axis in axes) == [2, 3]

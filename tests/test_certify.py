@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from pruna_ir.backends.eager import EagerRunner
+from pruna_ir.backends.eager import ReferenceRunner
 from pruna_ir.capture import capture
 from pruna_ir.certify import (
     FLOAT_FACTOR,
@@ -36,8 +36,8 @@ conv_net = cache(networks.conv_net)
 quantised_net = cache(quantised.quantised_net)
 
 
-def runner(program: Program) -> EagerRunner:
-    return EagerRunner(program, threads=0)
+def runner(program: Program) -> ReferenceRunner:
+    return ReferenceRunner(program, threads=0)
 
 
 def with_weight(program: Program, name: str, change) -> Program:
@@ -217,7 +217,7 @@ def test_the_quantised_tolerance_is_the_programs_own_noise():
 def test_an_independent_noisy_program_passes():
     program = quantised_net()
 
-    class Noisy(EagerRunner):
+    class Noisy(ReferenceRunner):
         def run(self, inputs):
             tensors = [torch.from_numpy(value) for value in inputs]
             return [y.float().numpy() for y in run_noisy(program, tensors, seed=99)]
@@ -243,7 +243,7 @@ def test_a_scale_off_by_one_percent_fails(name: str):
 def test_truncation_instead_of_rounding_fails():
     program = quantised_net()
 
-    class Truncating(EagerRunner):
+    class Truncating(ReferenceRunner):
         """Sees every input half a step lower, as a kernel that truncates would."""
 
         def run(self, inputs):
