@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -32,6 +33,7 @@ from pruna_ir.program import Program
 from pruna_ir.quantization import U8_ASYMMETRIC, QuantScheme
 from pruna_ir.transform import API_VERSION, Context
 
+_SHOWN = 8
 _COMPILERS = ("g++", "gcc", "clang++", "clang", "c++", "cc")
 
 
@@ -101,15 +103,19 @@ class ToTvm:
         context.progress("tvm: compile", 1, 2)
         unscheduled = tvm_build.build(imported, program, folder, self.cpu)
         context.progress("tvm: compile", 2, 2)
+        told = _without_schedules(unscheduled, str(tvm_build.host_target(self.cpu)))
+        for text in told:
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
         return Lowered(
             main=tvm_runtime.MODEL,
             tool_versions={"apache-tvm": version("apache-tvm"), "torch": version("torch")},
             facts={
                 "schedules": tvm_build.SCHEDULES,
-                "tvm-default-schedules": unscheduled,
+                "tvm-default-schedules": list(unscheduled),
                 "target": str(tvm_build.host_target(self.cpu)),
                 "stored-parameter-bytes": sum(p.nbytes for p in imported.parameters.values()),
             },
+            warnings=told,
         )
 
     def load(self, folder: Path, options: LoadOptions) -> _Runner:
@@ -127,6 +133,19 @@ class ToTvm:
         except (OSError, ValueError, TypeError) as error:
             raise LoweringError(f"{listed}: cannot be read: {error}") from error
         return _Runner(runner, kernels)
+
+
+def _without_schedules(functions: Mapping[str, str], target: str) -> tuple[str, ...]:
+    """A line for every reason why compiled functions keep TVM's own loops, which are slow."""
+    lines = []
+    for reason in sorted(set(functions.values())):
+        names = [name for name, why in functions.items() if why == reason]
+        shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+        lines.append(
+            f"tvm: {len(names)} of the compiled functions keep TVM's own loops, which are slow: "
+            f"{reason} ({shown}; target {target})"
+        )
+    return tuple(lines)
 
 
 def _linker_missing() -> str:

@@ -10,7 +10,7 @@ what its loops want.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,12 @@ from pruna_ir.backends.tvm_runtime import (
     file_digest,
     processor_features,
 )
-from pruna_ir.backends.tvm_schedules import schedule_module
+from pruna_ir.backends.tvm_schedules import covers, schedule_module
 from pruna_ir.errors import LoweringError
 from pruna_ir.program import Program, TensorSpec
 
 KERNELS = "kernels.json"
-SCHEDULES = "packed-conv2d, panel-matmul, parallel"
+SCHEDULES = "blocked-conv2d, panel-matmul, parallel"
 """Where the loops come from: see `pruna_ir.backends.tvm_schedules`."""
 
 _KINDS = (("conv", "conv"), ("matmul", "matmul"), ("dense", "linear"), ("einsum", "matmul"))
@@ -67,8 +67,8 @@ def host_target(cpu: str = "") -> Any:
     )
 
 
-def build(imported: Imported, program: Program, folder: Path, cpu: str = "") -> list[str]:
-    """Compile and write the artifact's files; returns the functions that keep TVM's own loops.
+def build(imported: Imported, program: Program, folder: Path, cpu: str = "") -> dict[str, str]:
+    """Compile and write the artifact's files; returns why functions keep TVM's loops, by name.
 
     Raises:
         LoweringError: TVM cannot compile the module or link the library.
@@ -77,8 +77,10 @@ def build(imported: Imported, program: Program, folder: Path, cpu: str = "") -> 
 
     target = host_target(cpu)
     try:
+        features = _features(target)
         with target:
-            module, unscheduled = schedule_module(_optimization(target)(imported.module))
+            optimized = _optimization(features)(imported.module)
+            module, unscheduled = schedule_module(optimized, features)
         executable = tvm.compile(module, target=target, relax_pipeline=_lowering())
         executable.export_library(str(folder / LIBRARY))
     except Exception as error:
@@ -93,7 +95,14 @@ def build(imported: Imported, program: Program, folder: Path, cpu: str = "") -> 
     return unscheduled
 
 
-def _optimization(target: Any) -> Any:
+def _features(target: Any) -> Callable[[str], bool]:
+    """Whether a target has an instruction set, by LLVM's name."""
+    import tvm
+
+    return lambda name: bool(tvm.target.codegen.target_has_features(name, target))
+
+
+def _optimization(features: Callable[[str], bool]) -> Any:
     """Operators to loops, weight preparation apart, neighbours fused."""
     import tvm
     from tvm import relax
@@ -106,7 +115,7 @@ def _optimization(target: Any) -> Any:
             relax.backend.DispatchSortScan(),
             t.DecomposeOpsForInference(),
             t.CanonicalizeBindings(),
-            _blocking(target),
+            _blocking(features),
             t.LegalizeOps({"relax.matmul": legalize_matmul}),
             t.LiftTransformParams(),
             t.DeadCodeElimination(entries),
@@ -119,14 +128,11 @@ def _optimization(target: Any) -> Any:
     )
 
 
-def _blocking(target: Any) -> Any:
+def _blocking(features: Callable[[str], bool]) -> Any:
     import tvm
 
-    def features(name: str) -> bool:
-        return bool(tvm.target.codegen.target_has_features(name, target))
-
     def blocked(module: Any, _: Any) -> Any:
-        return block_convolutions(module, features)
+        return block_convolutions(module, features) if covers(features) else module
 
     return tvm.transform.module_pass(blocked, opt_level=0, name="BlockConvolutions")
 

@@ -1,0 +1,86 @@
+"""What no rule covers keeps TVM's loops, with a warning and an entry in the manifest."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pruna_ir.backends.to_tvm import ToTvm
+from pruna_ir.backends.tvm_schedules import covers
+from pruna_ir.build import build, open_artifact
+from pruna_ir.capture import capture
+from pruna_ir.lowering import LoadOptions
+from pruna_ir.program import Program
+
+
+class Volumes(torch.nn.Module):
+    """A covered convolution and one over three dimensions, which no rule covers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat = torch.nn.Conv2d(3, 5, 3)
+        self.deep = torch.nn.Conv3d(1, 2, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.deep(self.flat(x)[:, None])
+
+
+def captured(module: torch.nn.Module) -> Program:
+    torch.manual_seed(0)
+    return capture(module.eval(), (torch.randn(2, 3, 9, 8),))
+
+
+def test_an_operator_without_a_rule_is_named_in_a_warning_and_in_the_manifest(
+    tmp_path: Path,
+) -> None:
+    made = captured(Volumes())
+    with pytest.warns(RuntimeWarning, match=r"no rule covers its operator.*conv3d"):
+        build(made, "tvm", tmp_path / "artifact")
+    artifact = open_artifact(tmp_path / "artifact")
+    assert artifact.certificate.verdict.name == "PASSED"
+    assert artifact.manifest.facts["tvm-default-schedules"] == ["fused_conv3d_add1"]
+    (line,) = artifact.manifest.warnings
+    assert line.startswith("tvm: 1 of the compiled functions keep TVM's own loops")
+
+
+def test_what_the_rules_cover_is_silent(tmp_path: Path) -> None:
+    """The control."""
+    made = captured(torch.nn.Conv2d(3, 5, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        artifact = build(made, "tvm", tmp_path / "artifact")
+    assert artifact.manifest.facts["tvm-default-schedules"] == []
+    assert artifact.manifest.warnings == []
+
+
+def test_a_processor_without_a_rule_gets_tvms_loops(tmp_path: Path) -> None:
+    """x86-64-v2 has no AVX2; its code runs here, and computes the same."""
+    made = captured(torch.nn.Sequential(torch.nn.Conv2d(3, 20, 3), torch.nn.ReLU()))
+    backend = ToTvm(cpu="x86-64-v2")
+    with pytest.warns(RuntimeWarning, match="no rule covers a processor without AVX2"):
+        artifact = build(made, backend, tmp_path / "artifact")
+    assert "fused_conv2d_add_relu" in artifact.manifest.facts["tvm-default-schedules"]
+    x = torch.randn(3, 3, 9, 8)
+    (result,) = backend.load(tmp_path / "artifact", LoadOptions()).run([x.numpy()])
+    with torch.no_grad():
+        assert np.abs(result - made(x)[0].numpy()).max() < 2e-6
+
+
+def test_a_processor_with_avx2_uses_the_rules(tmp_path: Path) -> None:
+    made = captured(torch.nn.Sequential(torch.nn.Conv2d(3, 40, 3), torch.nn.Conv2d(40, 7, 3)))
+    backend = ToTvm(cpu="x86-64-v3")
+    artifact = build(made, backend, tmp_path / "artifact")
+    assert artifact.certificate.verdict.name == "PASSED"
+    assert artifact.manifest.facts["tvm-default-schedules"] == []
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [({"avx2"}, True), ({"avx2", "avx512f"}, True), ({"avx", "sse4.2"}, False), ({"neon"}, False)],
+)
+def test_the_rules_are_for_avx2_and_avx512(features: set[str], expected: bool) -> None:
+    assert covers(features.__contains__) is expected
