@@ -7,7 +7,8 @@
 
     none, relu, relu6, hardtanh (activation_args = [min, max]), hardswish, silu
 
-The fast path for inference computes the epilogue in place in the convolution's own result.
+The fast path for inference computes the epilogue in place in the convolution's own result; on a
+GPU, convolutions of one group are one Triton kernel (``triton_conv_act``).
 oneDNN's fused post-ops (``mkldnn::_convolution_pointwise``) were tried and left out: from torch,
 whose weights are not laid out for it beforehand, they gained nothing over separate calls.
 """
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from pruna_ir.errors import UsageError
+from pruna_ir.kernels import triton_conv_act
 from pruna_ir.kernels.kernel import Kernel
 
 _aten = torch.ops.aten
@@ -92,6 +94,10 @@ def conv_act(
     tensor([5., 5., 5., 5.])
     """
     _check(x, weight, residual, activation, activation_args)
+    if triton_conv_act.applies(x, weight, bias, residual, groups):
+        return triton_conv_act.conv_act(
+            x, weight, bias, residual, stride, padding, dilation, activation, activation_args
+        )
     y = _convolution(x, weight, bias, stride, padding, dilation, groups)
     if residual is not None:
         _check_residual(y, residual)

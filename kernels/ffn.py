@@ -7,8 +7,8 @@
 ``act`` is one of gelu (exact), gelu_tanh, relu, silu. Shazeer, GLU Variants Improve Transformer
 (2020), equations 5 and 6, has the gated forms.
 
-The fast path (float32 inference on a CPU with oneDNN) computes matrix product, bias and activation
-in one oneDNN call, through ``mkldnn::_linear_pointwise``.
+The fast path of a CPU (float32 inference with oneDNN) computes matrix product, bias and activation
+in one oneDNN call, through ``mkldnn::_linear_pointwise``; that of a GPU is ``triton_ffn``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from pruna_ir.errors import UsageError
+from pruna_ir.kernels import triton_ffn
 from pruna_ir.kernels.kernel import Kernel
 
 _aten = torch.ops.aten
@@ -82,8 +83,11 @@ def ffn(
     tensor([[1., 0.]])
     """
     _check(x, w1, w2, gate_weight, gate_bias, activation)
+    tensors = (x, w1, b1, w2, b2, gate_weight, gate_bias)
+    if triton_ffn.applies(*tensors):
+        return triton_ffn.ffn(*tensors, activation)
     run = _onednn if _onednn_applies(x, w1, w2) else ffn_reference
-    result: torch.Tensor = run(x, w1, b1, w2, b2, gate_weight, gate_bias, activation)
+    result: torch.Tensor = run(*tensors, activation)
     return result
 
 
