@@ -30,7 +30,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import fx
@@ -66,6 +66,19 @@ class Observer(Protocol):
         ...
 
 
+@runtime_checkable
+class Mergeable(Observer, Protocol):
+    """An observer of which several can see some of the values each, in threads of their own."""
+
+    def empty(self) -> Mergeable:
+        """One of the same kind that has seen nothing."""
+        ...
+
+    def merge(self, other: Any) -> None:
+        """Take in everything that another of the same kind has taken in."""
+        ...
+
+
 @dataclass
 class MinMax:
     """The smallest and largest value so far.
@@ -86,6 +99,14 @@ class MinMax:
     def widen(self, least: float, most: float) -> None:
         """`update`, with the smallest and largest value of a tensor."""
         self.low, self.high = min(self.low, least), max(self.high, most)
+
+    def merge(self, other: MinMax) -> None:
+        """Take in everything that another has taken in."""
+        self.widen(other.low, other.high)
+
+    def empty(self) -> MinMax:
+        """One of the same kind that has seen nothing."""
+        return MinMax()
 
 
 def bounds(x: torch.Tensor) -> tuple[float, float]:
@@ -154,6 +175,10 @@ class Histogram:
         start = first - self.first
         self.counts[start : start + len(counts)] += counts
         self.zeros += other.zeros
+
+    def empty(self) -> Histogram:
+        """One with as many bins that has seen nothing."""
+        return Histogram(self.bins)
 
     def _cover(self, low: float, high: float) -> None:
         """Widen the bins until ``[low, high]`` and 0 fit, and give each of them a bin."""
@@ -351,15 +376,31 @@ def observe(
     """
     if samples < 1:
         raise UsageError(f"calibration needs at least 1 sample, not {samples}")
-    shown = _Shown(observers)
-    walk = PackedWalk(program, observers, shown)
+    # Each thread has observers of its own; the caller's take in the others' in the end.
+    own = _mergeable(observers)
+    count = torch.get_num_threads() - 1 if own else 0
+    helpers = [{key: one.empty() for key, one in own.items()} for _ in range(count)]
+    shown = [_Shown(observers)]
+    for helper in helpers:
+        shown.append(_Shown({node: helper[id(seen)] for node, seen in observers.items()}))
+    walk = PackedWalk(program, observers, *shown)
     done = 0
     for number, inputs in enumerate(runs(program, data, samples)):
-        shown.batch = number
+        for each in shown:
+            each.batch = number
         walk.walk(inputs)
         done += _rows(inputs)
         progress("calibrate", done, max(done, min(samples, len(data) * _rows(inputs))))
+    for helper in helpers:
+        for key, one in own.items():
+            one.merge(helper[key])
     return done
+
+
+def _mergeable(observers: Mapping[fx.Node, Observer]) -> dict[int, Mergeable]:
+    """Each observer by its id; none where one cannot take in what another has seen."""
+    found = {id(one): one for one in observers.values() if isinstance(one, Mergeable)}
+    return found if len(found) == len({id(one) for one in observers.values()}) else {}
 
 
 def runs(

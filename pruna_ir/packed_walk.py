@@ -10,14 +10,18 @@ faster than the program itself:
       its values are so large that the system would hand out fresh memory for each of them, whose
       first use costs more than many an operator.
 
-A wanted value is shown once for each part; the parts come in the order of their rows.
+A wanted value is shown once for each part. Where several ask to be shown values, parts are run
+side by side, one thread for each who asks, and each sees some of the parts: that uses processors
+better than threads within operators, most of which are too short to share.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -44,35 +48,39 @@ class _Step:
         return tuple(self.node.all_input_nodes) if self.packed is None else self.packed.reads()
 
 
-class PackedWalk(fx.Interpreter):
+class PackedWalk:
     """Runs as much of a graph as is wanted and shows the wanted values, in the graph's order.
 
     Args:
         program: what to run; its graph may be under rewrite, but must stay as it is meanwhile.
         wanted: the nodes whose values to show.
-        show: called with each of them and its value, which has the program's shape, but not always
-            its strides. It may keep the value, but not write into it.
+        shows: called with each of them and its value, which has the program's shape, but not
+            always its strides. They may keep the value, but not write into it. One sees all parts,
+            in the order of their rows; several see some each, in threads of their own.
     """
 
     def __init__(
         self,
         program: Program,
         wanted: Collection[fx.Node],
-        show: Callable[[fx.Node, Any], None],
+        *shows: Callable[[fx.Node, Any], None],
     ) -> None:
-        super().__init__(program.module, garbage_collect_values=False, graph=program.graph)
         self._wanted = frozenset(wanted)
-        self._show = show
         packed = packed_convolutions(program, self._wanted)
         self._steps = _steps(program, self._wanted, packed)
         self._most_rows = _most_rows(program, {step.node for step in self._steps})
         self._least_rows = max((bounds.lower for bounds in program.dims.values()), default=1)
+        self._runners = [_Runner(program, self._steps, self._wanted, show) for show in shows]
 
     def walk(self, inputs: tuple[torch.Tensor, ...]) -> None:
         """Run on one batch: a tensor for each input."""
-        with torch.no_grad():
-            for part in self._parts(inputs):
-                self._run(part)
+        parts = self._parts(inputs)
+        runners = self._runners[: len(parts)]
+        if len(runners) == 1:
+            for part in parts:
+                runners[0](part)
+        else:
+            _side_by_side(runners, parts)
 
     def _parts(self, inputs: tuple[torch.Tensor, ...]) -> list[tuple[torch.Tensor, ...]]:
         if self._most_rows is None or len(inputs[0]) <= self._most_rows:
@@ -82,7 +90,22 @@ class PackedWalk(fx.Interpreter):
             return [inputs]
         return list(zip(*(torch.tensor_split(value, count) for value in inputs), strict=True))
 
-    def _run(self, inputs: tuple[torch.Tensor, ...]) -> None:
+
+class _Runner(fx.Interpreter):
+    """Runs the steps on one part and shows the wanted values to one."""
+
+    def __init__(
+        self,
+        program: Program,
+        steps: Sequence[_Step],
+        wanted: Collection[fx.Node],
+        show: Callable[[fx.Node, Any], None],
+    ) -> None:
+        super().__init__(program.module, garbage_collect_values=False, graph=program.graph)
+        self._steps, self._wanted, self._show = steps, wanted, show
+
+    @torch.no_grad()
+    def __call__(self, inputs: tuple[torch.Tensor, ...]) -> None:
         self.args_iter = iter(inputs)
         self.env = {}
         for step in self._steps:
@@ -100,6 +123,34 @@ class PackedWalk(fx.Interpreter):
         if step.packed is None:
             return self.run_node(step.node)
         return step.packed(*(self.env[node] for node in step.packed.reads()))
+
+
+def _side_by_side(runners: Sequence[_Runner], parts: Sequence[tuple[torch.Tensor, ...]]) -> None:
+    """Run the parts, each by whichever runner is free, which share the threads that torch has.
+
+    Raises:
+        Whatever the first part that failed has raised.
+    """
+    free: SimpleQueue[_Runner] = SimpleQueue()
+    threads = torch.get_num_threads()
+    each = max(1, threads // len(runners))
+    for runner in runners:
+        free.put(runner)
+
+    def run(part: tuple[torch.Tensor, ...]) -> None:
+        runner = free.get()
+        try:
+            runner(part)
+        finally:
+            free.put(runner)
+
+    try:
+        # The number of threads is each thread's own, but what new threads start with is shared.
+        with ThreadPoolExecutor(len(runners), "walk", torch.set_num_threads, (each,)) as pool:
+            for _ in pool.map(run, parts):
+                pass
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _steps(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import math
 import weakref
+from collections.abc import Iterator
+from threading import get_ident
 
 import pytest
 import torch
@@ -151,11 +153,73 @@ def test_observers_see_the_same_in_parts_and_whole(monkeypatch: pytest.MonkeyPat
     assert part_bounds.high == pytest.approx(bounds.high, rel=1e-5)
 
 
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_parts_are_run_side_by_side(small_parts: None, three_threads: None) -> None:
+    program = net()
+    x = torch.randn(23, 3, 16, 16)
+    (first, second), seen = relus(program), [[], [], []]
+    shows = [lambda node, v, to=to: to.append((node, v, get_ident())) for to in seen]
+    walk = PackedWalk(program, (first, second), *shows)
+    for _ in range(20):
+        walk.walk((x,))
+    assert torch.get_num_threads() == 3
+    assert sum(len({thread for _, _, thread in some}) > 0 for some in seen) >= 2
+    whole = shown(program, x, first, second)
+    for node, (_, value) in zip((first, second), [whole[0], whole[1]], strict=True):
+        rows = torch.cat([v for some in seen for n, v, _ in some if n is node])
+        wanted = torch.cat([v for name, v in whole if name == node.name])
+        assert len(rows) == 20 * 23
+        assert torch.allclose(rows.double().sum(0), 20 * wanted.double().sum(0), atol=1e-3)
+        assert value.shape[1:] == rows.shape[1:]
+
+
+def test_threads_of_observers_add_up(small_parts: None, three_threads: None) -> None:
+    """Two nodes may share an observer; the counts are the same however parts fall."""
+    program = net()
+    x = torch.randn(40, 3, 16, 16)
+    first, second = relus(program)
+    counts = []
+    for threads in (1, 3, 3):
+        torch.set_num_threads(threads)
+        shared, bounds = Histogram(), MinMax()
+        observers = {first: shared, second: shared, program.results()[0]: bounds}
+        assert observe(program, observers, TensorData((x,), batch_size=20)) == 40
+        assert shared.total == 2 * 40 * 8 * 16 * 16
+        counts.append((shared.counts.tolist(), shared.zeros, bounds.low, bounds.high))
+    assert counts[0] == counts[1] == counts[2]
+
+
+def test_an_observer_that_cannot_merge_sees_everything_itself(
+    small_parts: None, three_threads: None
+) -> None:
+    class Plain:
+        low, high, rows = 0.0, 0.0, 0
+
+        def update(self, x: torch.Tensor) -> None:
+            self.rows += len(x)
+
+    program, plain, other = net(), Plain(), MinMax()
+    first, second = relus(program)
+    data = TensorData((torch.randn(24, 3, 16, 16),), batch_size=24)
+    observe(program, {first: plain, second: other}, data)
+    assert plain.rows == 24
+    assert other.high > 0
+
+
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("size", [1 << 24, 1])
 def test_errors_name_the_layer_and_the_batch_as_given(
-    size: int, monkeypatch: pytest.MonkeyPatch
+    size: int, threads: int, monkeypatch: pytest.MonkeyPatch, three_threads: None
 ) -> None:
     monkeypatch.setattr(packed_walk, "PART_BYTES", size)
+    torch.set_num_threads(threads)
     program = net()
     x = torch.randn(12, 3, 16, 16)
     x[7, 0, 3, 3] = math.nan
