@@ -5,7 +5,8 @@
 ``conv`` is a one-, two- or three-dimensional convolution with zero padding, by the rank of
 ``weight``; ``act`` is one of
 
-    none, relu, relu6, hardtanh (activation_args = [min, max]), hardswish, silu
+    none, relu, relu6, hardtanh (activation_args = [min, max]), leaky_relu ([slope]), hardswish,
+    silu, sigmoid, gelu (exact), gelu_tanh
 
 The fast path for inference computes the epilogue in place in the convolution's own result; on a
 GPU, convolutions of one group are one Triton kernel (``triton_conv_act``).
@@ -38,8 +39,12 @@ _ACTIVATIONS: dict[str, Callable[..., Any]] = {
     "relu": _aten.relu.default,
     "relu6": lambda y: _aten.hardtanh.default(y, 0.0, 6.0),
     "hardtanh": lambda y, low, high: _aten.hardtanh.default(y, low, high),
+    "leaky_relu": lambda y, slope: _aten.leaky_relu.default(y, slope),
     "hardswish": _aten.hardswish.default,
     "silu": _aten.silu.default,
+    "sigmoid": _aten.sigmoid.default,
+    "gelu": _aten.gelu.default,
+    "gelu_tanh": lambda y: _aten.gelu.default(y, approximate="tanh"),
 }
 
 _IN_PLACE: dict[str, Callable[..., Any]] = {
@@ -47,9 +52,15 @@ _IN_PLACE: dict[str, Callable[..., Any]] = {
     "relu": _aten.relu_.default,
     "relu6": lambda y: _aten.hardtanh_.default(y, 0.0, 6.0),
     "hardtanh": lambda y, low, high: _aten.hardtanh_.default(y, low, high),
+    "leaky_relu": lambda y, slope: _aten.leaky_relu_.default(y, slope),
     "hardswish": _aten.hardswish_.default,
     "silu": _aten.silu_.default,
+    "sigmoid": _aten.sigmoid_.default,
+    "gelu": _aten.gelu_.default,
+    "gelu_tanh": lambda y: _aten.gelu_.default(y, approximate="tanh"),
 }
+
+_ARGUMENTS = {"hardtanh": 2, "leaky_relu": 1}
 
 ACTIVATIONS = tuple(_ACTIVATIONS)
 """The names that ``activation`` may have."""
@@ -80,7 +91,7 @@ def conv_act(
         dilation: distance of kernel elements.
         groups: number of blocks of channels.
         activation: one of `ACTIVATIONS`.
-        activation_args: ``[min, max]`` for hardtanh, empty otherwise.
+        activation_args: ``[min, max]`` for hardtanh, ``[slope]`` for leaky_relu, empty otherwise.
 
     Returns:
         [batch, out, ...spatial], the dtype of ``x``.
@@ -143,7 +154,7 @@ def _check(
         raise UsageError(
             f"conv_act has no activation '{activation}'; it has {', '.join(ACTIVATIONS)}"
         )
-    wanted = 2 if activation == "hardtanh" else 0
+    wanted = _ARGUMENTS.get(activation, 0)
     if len(activation_args) != wanted:
         raise UsageError(
             f"conv_act: {activation} takes {wanted} numbers, but {len(activation_args)} were given"

@@ -119,6 +119,23 @@ def activation(node: Any) -> Activation | None:
     return _spelt_out(node)
 
 
+def between_layers(node: fx.Node) -> str:
+    """The pointwise operators between dense layers and a node's value; empty for anything else."""
+    names, todo, seen = [], [node], {node}
+    while todo:
+        current = todo.pop()
+        if dense(current) is not None:
+            continue
+        target = current.target
+        if not isinstance(target, torch._ops.OpOverload) or torch.Tag.pointwise not in target.tags:
+            return ""
+        names.append(current.name)
+        sources = [source for source in current.all_input_nodes if source not in seen]
+        todo += sources
+        seen.update(sources)
+    return ", ".join(reversed(names))
+
+
 # -- formulas ----------------------------------------------------------------------------------
 
 

@@ -2,7 +2,8 @@
 
     y = act(batch_norm(conv(x)) + r)   -->   y = pruna::conv_act(x, W', b', r, ..., act)
 
-``act`` is relu, relu6, hardtanh, hardswish or silu; batch norm, residual and activation are each
+``act`` is relu, relu6, hardtanh, leaky_relu, hardswish, silu, sigmoid or
+gelu; batch norm, residual and activation are each
 optional, but a convolution followed by neither of the last two stays as it is. The batch norm is
 folded as ``fold-batch-norm`` folds it. Convolutions in one to three dimensions, grouped ones
 included; transposed ones have no fused form.
@@ -32,7 +33,15 @@ _PLAIN = {
     aten.relu6.default: "relu6",
     aten.hardswish.default: "hardswish",
     aten.silu.default: "silu",
+    aten.sigmoid.default: "sigmoid",
 }
+_ACTIVATIONS = (*_PLAIN, aten.hardtanh.default, aten.leaky_relu.default, aten.gelu.default)
+_UNKNOWN = (
+    aten.elu.default, aten.mish.default, aten.prelu.default, aten.softplus.default,
+    aten.tanh.default, aten.hardsigmoid.default, aten.clamp.default, aten.celu.default,
+    aten.selu.default, aten.log_sigmoid.default,
+)  # fmt: skip
+"""Activations that the operator lacks; a convolution before one is remarked on."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +110,9 @@ def _match(rw: Rewrite, conv: fx.Node) -> _Match | str:
     end = addition if addition is not None else start
     activation = _reader(end, _is_activation)
     if addition is None and activation is None:
-        return ""
+        unknown = _reader(end, _is_unknown)
+        name = "" if unknown is None else str(unknown.target).split(".")[1]
+        return f"{unknown.name}: conv_act has no {name}" if unknown is not None else ""
     if reason := _reason_against_convolution(rw, conv):
         return reason
     inner = [n for n in (conv, norm, addition if activation is not None else None) if n]
@@ -156,7 +167,11 @@ def _is_addition(user: fx.Node, _node: fx.Node) -> bool:
 
 
 def _is_activation(user: fx.Node, _node: fx.Node) -> bool:
-    return user.target in _PLAIN or user.target is aten.hardtanh.default
+    return user.target in _ACTIVATIONS
+
+
+def _is_unknown(user: fx.Node, _node: fx.Node) -> bool:
+    return user.target in _UNKNOWN
 
 
 def _other_readers(node: fx.Node, chain: tuple[fx.Node | None, ...]) -> list[str]:
@@ -197,8 +212,12 @@ def _residual(addition: Call, start: fx.Node) -> fx.Node | str:
 
 def _activation(call: Call) -> tuple[str, tuple[float, ...]]:
     target: Any = call.node.target
-    if target is not aten.hardtanh.default:
+    if target in _PLAIN:
         return _PLAIN[target], ()
+    if target is aten.leaky_relu.default:
+        return "leaky_relu", (call.number("negative_slope"),)
+    if target is aten.gelu.default:
+        return ("gelu_tanh" if call.arg("approximate") == "tanh" else "gelu"), ()
     bounds = call.number("min_val"), call.number("max_val")
     return ("relu6", ()) if bounds == (0.0, 6.0) else ("hardtanh", bounds)
 

@@ -20,7 +20,7 @@ from torch import fx
 
 import pruna_ir.kernels.ffn
 from pruna_ir.call import bind_arguments
-from pruna_ir.passes.ffn_patterns import Activation, Dense, activation, dense
+from pruna_ir.passes.ffn_patterns import Activation, Dense, activation, between_layers, dense
 from pruna_ir.program import dtype_of
 from pruna_ir.transform import Effect, Pass, Rewrite
 
@@ -56,7 +56,9 @@ class FuseFfn(Pass):
         """Look at every dense layer as the second one of a block."""
         for node in rw.calls(aten.linear.default, aten.addmm.default):
             for block in _blocks(node):
-                if reason := _reason_against(block):
+                if isinstance(block, str):
+                    rw.skip(node, block)
+                elif reason := _reason_against(block):
                     rw.skip(block.down.nodes[0], reason)
                 else:
                     _fuse(rw, block)
@@ -89,8 +91,11 @@ def _second_layers(node: fx.Node) -> Iterator[Dense]:
     yield from found or ([plain] if plain is not None else [])
 
 
-def _blocks(node: fx.Node) -> Iterator[_Block]:
-    """The feed-forward blocks whose second layer is this matrix product; at most one per user."""
+def _blocks(node: fx.Node) -> Iterator[_Block | str]:
+    """The feed-forward blocks whose second layer is this matrix product; at most one per user.
+
+    Where two layers have something unknown between them, what that is.
+    """
     for down in _second_layers(node):
         hidden, dropout = down.input, None
         if hidden.target is aten.dropout.default:
@@ -99,6 +104,8 @@ def _blocks(node: fx.Node) -> Iterator[_Block]:
         found = _plain(hidden, down, dropout) or _gated(hidden, down, dropout)
         if found is not None:
             yield found
+        elif unknown := between_layers(hidden):
+            yield f"what {unknown} computes between two layers is no activation that ffn has"
 
 
 def _plain(hidden: fx.Node, down: Dense, dropout: fx.Node | None) -> _Block | None:

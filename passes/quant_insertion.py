@@ -349,7 +349,7 @@ def _unfuse(rw: Rewrite, scheme: QuantScheme) -> tuple[str, ...]:
     for node in rw.calls(CONV_ACT.op):
         bound = bind_arguments(node)
         residual = bound["residual"] is not None
-        keeps_float = bound["activation"] in ("hardswish", "silu") or (
+        keeps_float = bound["activation"] not in ("none", "relu", "relu6", "hardtanh") or (
             bound["activation"] == "hardtanh" and bound["activation_args"][0] != 0
         )
         if (residual and scheme.residual == "both") or (

@@ -11,7 +11,7 @@ from torch import fx
 from pruna_ir.errors import UsageError
 from pruna_ir.kernels.conv_act import ACTIVATIONS, KERNEL, conv_act, conv_act_reference
 
-ARGS = {"hardtanh": [-0.5, 0.75]}
+ARGS = {"hardtanh": [-0.5, 0.75], "leaky_relu": [0.1]}
 
 
 def draw(spatial: int, size: int, groups: int, dtype: torch.dtype, seed: int = 0):

@@ -93,18 +93,24 @@ _ACTIVATIONS = {
     "hardtanh": lambda y: F.hardtanh(y, -0.5, 0.25),
     "hardswish": F.hardswish,
     "silu": F.silu,
+    "leaky_relu": lambda y: F.leaky_relu(y, 0.1),
+    "sigmoid": torch.sigmoid,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
 }
 
 
-@settings(max_examples=25)
+@settings(max_examples=35)
 @given(
     st.sampled_from(sorted(_ACTIVATIONS)), st.booleans(), st.sampled_from(["", "left", "right"]),
-    st.integers(1, 3), st.sampled_from([1, 2]), st.booleans(), st.integers(0, 99),
+    st.integers(1, 3), st.sampled_from([(2, 1), (4, 2), (3, 3)]), st.integers(1, 2),
+    st.booleans(), st.integers(0, 99),
 )  # fmt: skip
-def test_any_combination(activation, normed, side, spatial, groups, with_bias, seed):
-    channels = 2 * groups
+def test_any_combination(activation, normed, side, spatial, sizes, dilation, with_bias, seed):
+    """Groups, depthwise ones among them, and dilation, in one to three dimensions."""
+    channels, groups = sizes
     conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial - 1](
-        channels, channels, 3, padding=1, groups=groups, bias=with_bias
+        channels, channels, 3, padding=dilation, dilation=dilation, groups=groups, bias=with_bias
     )
     norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[spatial - 1](channels, eps=1e-3)
 
@@ -170,6 +176,8 @@ def _norm_read_twice(x, conv, norm):
             "the residual to is torch.float64, not torch.float32",
         ),
         (lambda x, conv, _norm: (lambda y: y + y)(conv(x)), "add adds conv2d to itself"),
+        (lambda x, conv, _norm: torch.tanh(conv(x)), "tanh: conv_act has no tanh"),
+        (lambda x, conv, norm: F.elu(norm(conv(x))), "elu: conv_act has no elu"),
         (
             lambda x, conv, _norm: torch.relu(
                 F.batch_norm(conv(x), None, None, training=True)

@@ -165,7 +165,10 @@ def test_formulas_are_recognised(name, formula, gated):
     ],
 )
 def test_other_formulas_are_left_alone(formula):
-    assert not fused(program_of(lambda x, up, _gate, down: down(formula(up(x))))).modified
+    result = fused(program_of(lambda x, up, _gate, down: down(formula(up(x)))))
+    assert not result.modified
+    (message,) = missed(result)
+    assert message.endswith("between two layers is no activation that ffn has")
 
 
 # -- refusals ----------------------------------------------------------------------------------
@@ -186,6 +189,14 @@ def _layer_read_twice(x, up, _gate, down):
     [
         (_hidden_read_twice, "gelu is also read by sum_1"),
         (_layer_read_twice, "linear is also read by sum_1"),
+        (
+            lambda x, up, _gate, down: down(torch.tanh(up(x))),
+            "what tanh computes between two layers is no activation that ffn has",
+        ),
+        (
+            lambda x, up, gate, down: down(torch.tanh(gate(x)) * up(x)),
+            "what tanh, mul computes between two layers is no activation that ffn has",
+        ),
         (
             lambda x, up, gate, down: down(F.silu(gate(x)) * up(x.exp())),
             "the gate reads x, but the other layer reads exp",
