@@ -1,6 +1,7 @@
-"""A convolution with its epilogue: bias, residual and activation.
+"""A convolution with its epilogue: bias, activation, and a residual before or after it.
 
     y = act(conv(x, weight, bias) + residual)
+    y = act(conv(x, weight, bias)) + residual           where residual_last
 
 ``conv`` is a one-, two- or three-dimensional convolution with zero padding, by the rank of
 ``weight``; ``act`` is one of
@@ -29,7 +30,8 @@ _aten = torch.ops.aten
 
 _SCHEMA = (
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] padding, "
-    "int[] dilation, int groups, str activation, float[] activation_args) -> Tensor"
+    "int[] dilation, int groups, str activation, float[] activation_args, "
+    "bool residual_last=False) -> Tensor"
 )
 
 _CONV = {1: _aten.conv1d.default, 2: _aten.conv2d.default, 3: _aten.conv3d.default}
@@ -78,6 +80,7 @@ def conv_act(
     groups: int,
     activation: str,
     activation_args: list[float],
+    residual_last: bool = False,
 ) -> torch.Tensor:
     """``act(conv(x, weight, bias) + residual)``, differentiable in all four tensors.
 
@@ -92,6 +95,7 @@ def conv_act(
         groups: number of blocks of channels.
         activation: one of `ACTIVATIONS`.
         activation_args: ``[min, max]`` for hardtanh, ``[slope]`` for leaky_relu, empty otherwise.
+        residual_last: add ``residual`` after the activation, not before it.
 
     Returns:
         [batch, out, ...spatial], the dtype of ``x``.
@@ -107,14 +111,16 @@ def conv_act(
     _check(x, weight, residual, activation, activation_args)
     if triton_conv_act.applies(x, weight, bias, residual, groups):
         return triton_conv_act.conv_act(
-            x, weight, bias, residual, stride, padding, dilation, activation, activation_args
-        )
+            x, weight, bias, residual, stride, padding, dilation, activation, activation_args,
+            residual_last=residual_last,
+        )  # fmt: skip
     y = _convolution(x, weight, bias, stride, padding, dilation, groups)
     if residual is not None:
         _check_residual(y, residual)
+    if residual is not None and not residual_last:
         y.add_(residual)
     result: torch.Tensor = _IN_PLACE[activation](y, *activation_args)
-    return result
+    return result.add_(residual) if residual is not None and residual_last else result
 
 
 def conv_act_reference(
@@ -128,12 +134,14 @@ def conv_act_reference(
     groups: int,
     activation: str,
     activation_args: list[float],
+    residual_last: bool = False,
 ) -> Any:
     """The operator's meaning in ATen operators."""
     y = _convolution(x, weight, bias, stride, padding, dilation, groups)
-    if residual is not None:
+    if residual is not None and not residual_last:
         y = _aten.add.Tensor(y, residual)
-    return _ACTIVATIONS[activation](y, *activation_args)
+    y = _ACTIVATIONS[activation](y, *activation_args)
+    return _aten.add.Tensor(y, residual) if residual is not None and residual_last else y
 
 
 def _convolution(
@@ -188,6 +196,7 @@ def _(
     groups: int,
     activation: str,
     activation_args: list[float],
+    residual_last: bool = False,  # noqa: ARG001
 ) -> torch.Tensor:
     _check(x, weight, residual, activation, activation_args)
     y: torch.Tensor = _convolution(x, weight, bias, stride, padding, dilation, groups)
@@ -210,7 +219,7 @@ def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         y = conv_act_reference(*saved, *ctx.options)
         found = iter(torch.autograd.grad(y, wanted, grad, create_graph=twice))
     grads = [next(found) if needed else None for needed in ctx.needs_input_grad[:4]]
-    return (*grads, *[None] * 6)
+    return (*grads, *[None] * 7)
 
 
 torch.library.register_autograd("pruna::conv_act", _gradients, setup_context=_save)

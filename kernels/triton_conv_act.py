@@ -1,7 +1,7 @@
 """A convolution with its epilogue in Triton, as an implicit matrix product.
 
     y[p, o] = act(sum over taps t and channels c of x[pixel(p, t), c] * weight[o, c, t] + bias[o]
-                  + residual[p, o])
+                  + residual[p, o])                     or + residual[p, o] after act
 
 Rows are the output's pixels of all images, columns its channels. No patches are written out: each
 tile computes where its pixels read the input, tap by tap, and what lies in the padding is zero.
@@ -53,6 +53,8 @@ def conv_act(
     dilation: list[int],
     activation: str,
     activation_args: list[float],
+    *,
+    residual_last: bool = False,
 ) -> torch.Tensor:
     """``pruna::conv_act`` with one group; shapes and dtypes as there, all of one dtype.
 
@@ -64,7 +66,7 @@ def conv_act(
         residual = None if residual is None else residual.unsqueeze(2)
         y = conv_act(
             x.unsqueeze(2), weight.unsqueeze(2), bias, residual, [1, *stride], [0, *padding],
-            [1, *dilation], activation, activation_args,
+            [1, *dilation], activation, activation_args, residual_last=residual_last,
         )  # fmt: skip
         return y.squeeze(2)
     sizes = _output(x, weight, stride, padding, dilation)
@@ -86,6 +88,7 @@ def conv_act(
         STRIDE_H=stride[0], STRIDE_W=stride[1], PADDING_H=padding[0], PADDING_W=padding[1],
         DILATION_H=dilation[0], DILATION_W=dilation[1],
         ACTIVATION=name, BIASED=bias is not None, RESIDUAL=residual is not None,
+        LAST=residual_last,
         PRECISION=triton_code.precision(x.dtype, convolution=True),
         ROWS=row, COLUMNS=column, DEPTH=32, num_warps=8 if row * column >= 128 * 128 else 4,
     )  # fmt: skip
@@ -146,7 +149,7 @@ def _kernel() -> Any:
         TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, STRIDE_H: tl.constexpr,
         STRIDE_W: tl.constexpr, PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
         DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, ACTIVATION: tl.constexpr,
-        BIASED: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr,
+        BIASED: tl.constexpr, RESIDUAL: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr,
         ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     ):  # fmt: skip
         across = tl.cdiv(channels, COLUMNS)
@@ -176,10 +179,12 @@ def _kernel() -> Any:
         if BIASED:
             total += tl.load(bias + o, mask=o < channels, other=0.0).to(tl.float32)[None, :]
         mask = (p < pixels)[:, None] & (o < channels)[None, :]
-        if RESIDUAL:
-            r_pixels = residual + image * rb + i * rh + j * rw
+        r_pixels = residual + image * rb + i * rh + j * rw
+        if RESIDUAL and not LAST:
             total += tl.load(r_pixels[:, None] + (o * rc)[None, :], mask=mask, other=0.0)
         total = activate(total, ACTIVATION, a, b)
+        if RESIDUAL and LAST:
+            total += tl.load(r_pixels[:, None] + (o * rc)[None, :], mask=mask, other=0.0)
         y_pixels = y + image * yb + i * yh + j * yw
         tl.store(y_pixels[:, None] + (o * yc)[None, :], total.to(y.dtype.element_ty), mask=mask)
 

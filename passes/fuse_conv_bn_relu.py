@@ -1,6 +1,7 @@
 """Fuse convolution, batch norm, residual addition and activation into one operator.
 
     y = act(batch_norm(conv(x)) + r)   -->   y = pruna::conv_act(x, W', b', r, ..., act)
+    y = act(batch_norm(conv(x))) + r   -->   the same with residual_last, once all of the first are
 
 ``act`` is relu, relu6, hardtanh, leaky_relu, hardswish, silu, sigmoid or
 gelu; batch norm, residual and activation are each
@@ -70,7 +71,10 @@ class FuseConvBnRelu(Pass):
     def rewrite(self, rw: Rewrite) -> None:
         """Fuse each convolution with what follows it, then say what stood in the others' way."""
         _fuse_all(rw)
-        for node, reason in _fuse_all(rw).items():
+        reasons = _fuse_all(rw)
+        for node in rw.calls(CONV_ACT):
+            _take_addition(rw, node)
+        for node, reason in reasons.items():
             rw.skip(node, reason)
 
 
@@ -87,6 +91,24 @@ def _fuse_all(rw: Rewrite) -> dict[fx.Node, str]:
         elif found:
             reasons[node] = found
     return reasons
+
+
+def _take_addition(rw: Rewrite, node: fx.Node) -> None:
+    """Let a fused convolution add what is added to its result, where it adds nothing yet."""
+    bound = bind_arguments(node)
+    addition = _reader(node, _is_addition)
+    if bound["residual"] is not None or addition is None or len(node.users) > 1:
+        return
+    residual = _residual(Call(rw.program, addition), node)
+    if isinstance(residual, str):
+        rw.skip(node, residual)
+        return
+    arguments = bound | {"residual": residual, "residual_last": True}
+    fused = rw.insert(CONV_ACT, before=addition, like=node, **arguments)
+    what = f"the residual after the activation of {node.name}"
+    rw.applied(addition, f"fused {what} into {fused.name}")
+    rw.replace(addition, fused)
+    rw.erase(node)
 
 
 @dataclass(frozen=True)

@@ -246,6 +246,8 @@ def gate_bounds(program: Program, node: fx.Node) -> tuple[float | None, float | 
 
 
 def _fused_bounds(call: Call) -> tuple[float | None, float | None] | None:
+    if call.arg("residual") is not None and call.flag("residual_last"):
+        return None
     if call.arg("activation") == "hardtanh":
         low, high = call.arg("activation_args")
         return float(low), float(high)

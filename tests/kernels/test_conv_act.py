@@ -43,15 +43,42 @@ def test_equals_the_reference_bit_for_bit(activation, dtype):
 @settings(max_examples=40)
 @given(
     st.integers(1, 3), st.sampled_from([1, 3, 5]), st.sampled_from([1, 2, 3]),
-    st.sampled_from(ACTIVATIONS), st.booleans(), st.booleans(), st.integers(0, 99),
+    st.sampled_from(ACTIVATIONS), st.booleans(), st.sampled_from(["", "before", "after"]),
+    st.integers(0, 99),
 )  # fmt: skip
 def test_equals_the_reference_for_any_shape(
-    spatial, size, groups, activation, with_bias, with_residual, seed
+    spatial, size, groups, activation, with_bias, added, seed
 ):
     x, weight, bias, residual = draw(spatial, size, groups, torch.float64, seed)
-    tensors = (x, weight, bias if with_bias else None, residual if with_residual else None)
-    rest = options(spatial, groups, activation)
+    tensors = (x, weight, bias if with_bias else None, residual if added else None)
+    rest = (*options(spatial, groups, activation), added == "after")
     assert torch.equal(conv_act(*tensors, *rest), conv_act_reference(*tensors, *rest))
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(1, 3), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3),
+    st.integers(1, 3), st.integers(0, 2), st.integers(1, 2), st.integers(0, 4), st.integers(0, 99),
+)  # fmt: skip
+def test_any_geometry(
+    spatial, batch, ins, groups, kernel, stride, padding, dilation, more, seed
+):
+    """Equal to torch's modules; what lies outside of the input is zero."""
+    size = max(1, dilation * (kernel - 1) + 1 - 2 * padding) + more
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, ins * groups, *[size] * spatial, generator=generator).double()
+    modules = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    conv = modules[spatial - 1](
+        ins * groups, 2 * groups, kernel, stride, padding, dilation, groups
+    ).double()
+    lists = [[n] * spatial for n in (stride, padding, dilation)]
+    tensors = (x, conv.weight.detach(), conv.bias.detach(), None)
+    found = conv_act(*tensors, *lists, groups, "relu", [])
+    torch.testing.assert_close(found, conv(x).relu().detach(), rtol=1e-12, atol=1e-12)
+    fake = torch._subclasses.FakeTensorMode()
+    with fake:
+        inside = [None if t is None else fake.from_tensor(t) for t in tensors]
+        assert conv_act(*inside, *lists, groups, "relu", []).shape == found.shape
 
 
 def test_means_what_the_modules_compute():
@@ -67,10 +94,11 @@ def test_means_what_the_modules_compute():
     assert not torch.allclose(found, torch.nn.functional.hardswish(y)), "the residual counts"
 
 
+@pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradients_at_float64(activation):
+def test_gradients_at_float64(activation, last):
     tensors = [t.requires_grad_() for t in draw(1, 4, 1, torch.float64)]
-    rest = options(1, 1, activation)
+    rest = (*options(1, 1, activation), last)
     assert torch.autograd.gradcheck(lambda *t: conv_act(*t, *rest), tensors)
 
 
@@ -78,6 +106,14 @@ def test_second_gradients_at_float64():
     tensors = [t.requires_grad_() for t in draw(1, 3, 1, torch.float64)]
     rest = options(1, 1, "silu")
     assert torch.autograd.gradgradcheck(lambda *t: conv_act(*t, *rest), tensors)
+
+
+def test_the_place_of_the_residual_counts():
+    tensors, rest = draw(2, 5, 1, torch.float64), options(2, 1, "relu")
+    after = conv_act(*tensors, *rest, residual_last=True)
+    plain = conv_act(*tensors[:3], None, *rest)
+    assert torch.equal(after, plain + tensors[3])
+    assert float((after - conv_act(*tensors, *rest)).abs().max()) > 0.1
 
 
 def test_gradients_without_bias_and_residual():
@@ -96,6 +132,7 @@ def test_registration_follows_torch_rules():
         t.requires_grad_()
     torch.library.opcheck(KERNEL.op, (x, weight, bias, residual, *options(2, 1, "relu")))
     torch.library.opcheck(KERNEL.op, (x, weight, None, None, *options(2, 1, "none")))
+    torch.library.opcheck(KERNEL.op, (x, weight, bias, residual, *options(2, 1, "gelu"), True))
 
 
 def test_the_operands_keep_their_values():

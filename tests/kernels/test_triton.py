@@ -42,7 +42,7 @@ build(triton_ffn._kernel(), floats, {
 build(triton_conv_act._kernel(), floats, {
     "TAPS_H": 3, "TAPS_W": 3, "STRIDE_H": 2, "STRIDE_W": 1, "PADDING_H": 1, "PADDING_W": 1,
     "DILATION_H": 1, "DILATION_W": 2, "ACTIVATION": "hardswish", "BIASED": True,
-    "RESIDUAL": True, "PRECISION": "ieee", "DEPTH": 32, **TILES,
+    "RESIDUAL": True, "LAST": True, "PRECISION": "ieee", "DEPTH": 32, **TILES,
 })
 integers = {"x": "*i8", "weight": "*i8", "x_scale": "*fp32", "weight_scale": "*fp32",
             "bias": "*fp32", "y": "*fp32"}

@@ -66,7 +66,8 @@ def convolutions(draw):
 @settings(max_examples=60)
 @given(
     convolutions(), st.integers(1, 5), st.integers(1, 37), st.integers(1, 35), _ACTIVATION,
-    st.booleans(), st.booleans(), st.booleans(), _DTYPE, st.integers(0, 99),
+    st.booleans(), st.sampled_from(["", "before", "after"]), st.booleans(), _DTYPE,
+    st.integers(0, 99),
 )  # fmt: skip
 def test_convolutions(
     shapes, batch, ins, outs, activation, biased, added, channels_last, dtype, seed
@@ -83,8 +84,9 @@ def test_convolutions(
         x, weight = (t.to(memory_format=torch.channels_last) for t in (x, weight))
     args = _ARGS.get(activation, [])
     tensors = (x, weight, bias, residual)
-    found = triton_conv.conv_act(*tensors, *options, activation, args)
-    truth = conv_act.conv_act_reference(*wide(tensors), *options, 1, activation, args)
+    last = added == "after"
+    found = triton_conv.conv_act(*tensors, *options, activation, args, residual_last=last)
+    truth = conv_act.conv_act_reference(*wide(tensors), *options, 1, activation, args, last)
     positive = [None if t is None else t.abs() for t in wide(tensors)]
     magnitude = float(conv_act.conv_act_reference(*positive, *options, 1, "none", []).max())
     assert_near(found, truth, magnitude, ins * math.prod(kernel) + 2, dtype)

@@ -102,9 +102,10 @@ _ACTIVATIONS = {
 
 @settings(max_examples=35)
 @given(
-    st.sampled_from(sorted(_ACTIVATIONS)), st.booleans(), st.sampled_from(["", "left", "right"]),
-    st.integers(1, 3), st.sampled_from([(2, 1), (4, 2), (3, 3)]), st.integers(1, 2),
-    st.booleans(), st.integers(0, 99),
+    st.sampled_from(sorted(_ACTIVATIONS)), st.booleans(),
+    st.sampled_from(["", "left", "right", "last"]), st.integers(1, 3),
+    st.sampled_from([(2, 1), (4, 2), (3, 3)]), st.integers(1, 2), st.booleans(),
+    st.integers(0, 99),
 )  # fmt: skip
 def test_any_combination(activation, normed, side, spatial, sizes, dilation, with_bias, seed):
     """Groups, depthwise ones among them, and dilation, in one to three dimensions."""
@@ -117,7 +118,8 @@ def test_any_combination(activation, normed, side, spatial, sizes, dilation, wit
     def f(x, conv, norm):
         y = norm(conv(x)) if normed else conv(x)
         y = x + y if side == "left" else y + x if side == "right" else y
-        return _ACTIVATIONS[activation](y)
+        y = _ACTIVATIONS[activation](y)
+        return y + x if side == "last" else y
 
     program = program_of(f, conv=conv, norm=norm, shape=(2, channels, *[3] * spatial), seed=seed)
     found = targets(fused(program).program)
@@ -136,6 +138,38 @@ def test_real_models(name):
     program = canonical(name)
     result = fused(program)
     assert targets(result.program).count(FUSED) >= 5
+
+
+def test_a_residual_after_the_activation():
+    program = program_of(lambda x, conv, norm: x + F.silu(norm(conv(x))))
+    result = fused(program)
+    assert targets(result.program) == [FUSED]
+    (node,) = result.program.calls()
+    assert node.args[-1] is True
+    assert [r.message for r in result.remarks] == [
+        "fused convolution, batch norm, silu into conv_act",
+        "fused the residual after the activation of conv_act into conv_act_1",
+    ]
+    spelt_out = decompose(result.program)
+    assert targets(spelt_out) == ["aten.conv2d", "aten.silu", "aten.add.Tensor"]
+
+
+def test_a_residual_before_an_activation_goes_before_one_after():
+    """The second convolution takes the sum, which an activation follows."""
+    program = program_of(lambda x, conv, norm: torch.relu(F.silu(conv(x)) + norm(conv(x))))
+    result = fused(program)
+    assert targets(result.program) == [FUSED, FUSED]
+    assert [str(node.args[8]) for node in result.program.calls()] == ["silu", "relu"]
+
+
+def test_an_activation_read_twice_keeps_its_addition():
+    def f(x, conv, _norm):
+        y = torch.relu(conv(x))
+        return y + x, y.exp()
+
+    result = fused(program_of(f))
+    assert targets(result.program).count(FUSED) == 1
+    assert "aten.add.Tensor" in targets(result.program)
 
 
 def test_of_two_convolutions_one_takes_the_other_as_residual():
