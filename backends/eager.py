@@ -8,8 +8,9 @@ in what loading it gives:
   Results differ from the program's by rounding, and are the same to the last bit in every run.
 - ``reference`` runs the program's own operators one by one, to the same bits as the program.
 
-Quantised programs run in float arithmetic on quantised values: both say what a program computes,
-not how fast an integer kernel is. What runs packed and what plain, and why, stands in the audit.
+Layers of fake-quantised operands run on integers in ``eager`` (where the processor has VNNI), and
+in float arithmetic on quantised values in ``reference``. What runs packed and what plain, and why,
+stands in the audit.
 
 Limit: artifacts speak numpy, which has no bfloat16; give the program float32 inputs and outputs.
 """
@@ -28,7 +29,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from pruna_ir.backends.packed_program import KINDS, PackedProgram, short_name
+from pruna_ir.backends.packed_program import PackedProgram
+from pruna_ir.backends.packed_steps import KINDS, short_name
 from pruna_ir.lowering import Availability, KernelRow, LoadOptions, Lowered, Offender, Runner
 from pruna_ir.program import Program, dtype_of, module_path
 from pruna_ir.quantization import U8_ASYMMETRIC, QuantScheme
@@ -78,6 +80,10 @@ class Eager(Reference):
     """Saves programs and runs them in torch, with packed weights and fused layers."""
 
     name: ClassVar[str] = "eager"
+    # oneDNN adds the residual before it rounds; pools and means run in float32.
+    scheme: ClassVar[QuantScheme] = QuantScheme(
+        U8_ASYMMETRIC, residual="identity", average_pool=False, layer_outputs=False
+    )
 
     def load(self, folder: Path, options: LoadOptions) -> Runner:
         """The program with packed weights, ready to run.

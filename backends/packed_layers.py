@@ -6,8 +6,9 @@
     relu, relu6, hardtanh, hardswish, silu, sigmoid, tanh, leaky_relu, gelu (layer)
                                          -> the same, activated in place or in the loop
 
-What stands in the middle of such a chain has no other reader. A layer that stays plain is listed
-with the reason (`Layers.plain`).
+What stands in the middle of such a chain has no other reader. Layers of fake-quantised operands
+run on integers (see `packed_integers`). A layer that stays plain is listed with the reason
+(`Layers.plain`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,14 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
+from pruna_ir.backends.packed_integers import (
+    Constants,
+    Integers,
+    grid_of,
+    integer_weight,
+    post_op,
+    usable,
+)
 from pruna_ir.call import Call, bind_arguments
 from pruna_ir.kernels.onednn import Geometry, lacking
 from pruna_ir.packed_convolutions import is_contiguous
@@ -67,6 +76,7 @@ class Layer:
         transposed: the weight is stored as [in, out].
         residual: what is added, if anything.
         activation: the node of the activation that ends it, if any.
+        integers: how it runs on integers; None where it does not.
         parts: every node that it computes, in order.
     """
 
@@ -78,6 +88,7 @@ class Layer:
     transposed: bool = False
     residual: fx.Node | None = None
     activation: fx.Node | None = None
+    integers: Integers | None = None
     parts: list[fx.Node] = field(default_factory=list)
 
     @property
@@ -97,13 +108,25 @@ class Layers:
         """The nodes that are not computed by themselves."""
         return {node for layer in self.packed.values() for node in layer.parts[:-1]}
 
+    def read_as_integers(self) -> set[fx.Node]:
+        """The fake-quants whose values nobody wants in float32."""
+        inner = self.inner()
+        uses: dict[fx.Node, set[fx.Node]] = {}
+        for layer in self.packed.values():
+            if layer.integers is not None:
+                uses.setdefault(layer.source, set()).add(layer.node)
+                if layer.integers.residual is not None:
+                    sums = [part for part in layer.parts if part.target is aten.add.Tensor]
+                    uses.setdefault(layer.integers.residual.node, set()).update(sums)
+        return {node for node, readers in uses.items() if readers >= set(node.users)} - inner
 
-def find_layers(program: Program, constants: Collection[fx.Node]) -> Layers:
+
+def find_layers(program: Program, constants: Constants) -> Layers:
     """The layers of a program that can run packed.
 
     Args:
         program: with fused operators spelt out.
-        constants: the nodes that depend on no input.
+        constants: the values of the nodes that depend on no input.
     """
     packed: dict[fx.Node, Layer] = {}
     plain: dict[fx.Node, str] = {}
@@ -119,6 +142,8 @@ def find_layers(program: Program, constants: Collection[fx.Node]) -> Layers:
             plain[node] = found
             continue
         _extend(found, claimed, constants)
+        if usable():
+            _to_integers(found, claimed, constants)
         packed[found.last] = found
     return Layers(packed, plain)
 
@@ -220,6 +245,23 @@ def _extend(layer: Layer, claimed: set[fx.Node], constants: Collection[fx.Node])
     if follower is not None and follower.target in ACTIVATIONS:
         layer.activation = follower
         _take(layer, follower, claimed)
+
+
+def _to_integers(layer: Layer, claimed: set[fx.Node], constants: Constants) -> None:
+    """Let a layer of fake-quantised operands run on integers, and take in the rounding behind."""
+    source = grid_of(layer.source, constants)
+    weight = integer_weight(layer.weight, constants, transposed=layer.transposed)
+    if source is None or weight is None:
+        return
+    layer.integers = Integers(source, *weight)
+    follower = _only_reader(layer.last, claimed)
+    out = None if follower is None else grid_of(follower, constants)
+    ends = post_op(layer.activation, linear=layer.geometry is None)
+    residual = None if layer.residual is None else grid_of(layer.residual, constants)
+    added = layer.residual is None or (residual is not None and layer.geometry is not None)
+    if out is not None and out.whole and ends is not None and added:
+        layer.integers = Integers(source, *weight, residual, out, ends)
+        _take(layer, out.node, claimed)
 
 
 def _take(layer: Layer, node: fx.Node, claimed: set[fx.Node]) -> None:
