@@ -33,8 +33,7 @@ from __future__ import annotations
 import ctypes
 import math
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -90,7 +89,12 @@ def fake_quantised(
     """What `fake_quant` computes, without its checks, its dispatch and its gradients."""
     if axis is None and _is_dense(x):
         return _whole_tensor(x, scale, zero_point, qmin, qmax)
-    step, zero = _along(scale, axis, x), _along(zero_point, axis, x)
+    step = _along(scale, axis, x)
+    if _is_dense(x) and not zero_point.any():
+        levels = (x / step).round_().clamp_(qmin, qmax)
+        # Added to 0, since a product of -0.0 must become 0.0, as below.
+        return torch.addcmul(x.new_zeros(()), levels, step, out=levels)
+    zero = _along(zero_point, axis, x)
     work = x.to(step.dtype)
     levels = (work / step).round_().add_(zero).clamp_(qmin, qmax)
     return levels.sub_(zero).mul_(step).to(x.dtype)
@@ -254,23 +258,17 @@ def fake_quant_gradients(
     fast = not torch.is_grad_enabled() and _is_dense(x, y, grad)
     if fast and axis is None:
         return _whole_gradients(grad, x, y, scale, zero_point, qmin, qmax, wanted, rounding)
-    step = _along(scale, axis, x)
-    v = x.to(step.dtype) / step
-    low: Any = qmin
-    high: Any = qmax
-    inside: Callable[[torch.Tensor], torch.Tensor]
     if fast and not zero_point.any():
-        # One operator for the mask between two numbers; it is several times as fast.
-        inside = partial(_between, v=v, low=qmin, high=qmax)
-    else:
-        zero = _along(zero_point, axis, x)
-        low, high = qmin - zero, qmax - zero
-        inside = partial(_masked, outside=(v <= low) | (v >= high))
-    to_x = inside(grad) if wanted[0] else None
+        return _weight_gradients(grad, x, y, scale, axis, qmin, qmax, wanted, rounding)
+    step, zero = _along(scale, axis, x), _along(zero_point, axis, x)
+    v = x.to(step.dtype) / step
+    low, high = qmin - zero, qmax - zero
+    outside = (v <= low) | (v >= high)
+    to_x = grad.masked_fill(outside, 0.0) if wanted[0] else None
     if not wanted[1]:
         return to_x, None
     levels = v.round().clamp_(low, high)
-    slope = levels - inside(v if rounding else levels)
+    slope = levels - (v if rounding else levels).masked_fill(outside, 0.0)
     return to_x, _summed(slope * grad.to(step.dtype), axis).to(scale.dtype)
 
 
@@ -282,15 +280,30 @@ def _summed(product: torch.Tensor, axis: int | None) -> torch.Tensor:
     return product.sum(others) if others else product
 
 
-def _between(x: torch.Tensor, v: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """``x`` where ``low < v < high``, else 0: the gradient of a clamp."""
-    kept: torch.Tensor = _aten.hardtanh_backward(x, v, low, high)
-    return kept
+def _weight_gradients(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    scale: torch.Tensor,
+    axis: int | None,
+    qmin: int,
+    qmax: int,
+    wanted: tuple[bool, bool],
+    rounding: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The gradients where no zero point differs from 0, in few passes over the values.
 
-
-def _masked(x: torch.Tensor, outside: torch.Tensor) -> torch.Tensor:
-    """``x``, and 0 outside."""
-    return x.masked_fill(outside, 0.0)
+    hardtanh's gradient is the mask between two edges; the slope is counted in units of y, and
+    divided by the scale once it is summed.
+    """
+    between = _aten.hardtanh_backward
+    v = x / _along(scale, axis, x)
+    to_x = between(grad, v, qmin, qmax) if wanted[0] else None
+    if not wanted[1]:
+        return to_x, None
+    slope = between(x if rounding else y, v, qmin, qmax)
+    torch.sub(y, slope, out=slope).mul_(grad)
+    return to_x, _summed(slope, axis).to(scale.dtype) / scale
 
 
 def _whole_gradients(
