@@ -20,6 +20,7 @@ import numpy as np
 from pruna_ir.backends.tvm_blocked import block_convolutions
 from pruna_ir.backends.tvm_import import Imported
 from pruna_ir.backends.tvm_products import legalize_matmul
+from pruna_ir.backends.tvm_reductions import legalize_layer_norm, legalize_softmax
 from pruna_ir.backends.tvm_runtime import (
     ENTRY,
     LIBRARY,
@@ -116,7 +117,13 @@ def _optimization(features: Callable[[str], bool]) -> Any:
             t.DecomposeOpsForInference(),
             t.CanonicalizeBindings(),
             _blocking(features),
-            t.LegalizeOps({"relax.matmul": legalize_matmul}),
+            t.LegalizeOps(
+                {
+                    "relax.matmul": legalize_matmul,
+                    "relax.nn.layer_norm": legalize_layer_norm,
+                    "relax.nn.softmax": legalize_softmax,
+                }
+            ),
             t.LiftTransformParams(),
             t.DeadCodeElimination(entries),
             t.AnnotateTIROpPattern(),

@@ -22,6 +22,7 @@ import torch
 from torch import fx
 
 from pruna_ir.backends.tvm_operators import OPERATORS
+from pruna_ir.backends.tvm_plain_products import with_plain_products
 from pruna_ir.call import bind_arguments, unbind_arguments
 from pruna_ir.decompose import decompose
 from pruna_ir.errors import LoweringError, UnsupportedError
@@ -33,6 +34,9 @@ from pruna_ir.transform import Context, Rewrite
 
 aten = torch.ops.aten
 Array = np.ndarray[Any, Any]
+
+_WHOLE = (aten.linear.default, aten.matmul.default, aten.scaled_dot_product_attention.default)
+"""Operators that are translated whole: in parts, they come with reshapes and masks to undo."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +87,12 @@ def import_program(program: Program) -> Imported:
 
 def core_form(program: Program) -> torch.export.ExportedProgram:
     """The program in core ATen operators and ``fake_quant``."""
-    exported = reexport(_without_views(program))
+    exported = reexport(with_plain_products(_without_views(program)))
+    table = torch.export.default_decompositions()
+    for operator in _WHOLE:
+        del table[operator]
     with torch.no_grad():
-        decomposed: torch.export.ExportedProgram = exported.run_decompositions()
+        decomposed: torch.export.ExportedProgram = exported.run_decompositions(table)
     _count_from_the_front(decomposed.graph)
     return decomposed
 

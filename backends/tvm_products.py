@@ -30,6 +30,8 @@ _TILE = "pruna.tile"
 COPIES = (_PACK, _PAD)
 _UNKNOWN_ROWS = 6
 """Rows of a tile where the number of rows is not known: wide panels, little waste on few rows."""
+_PANEL_ELEMENTS = 768 * 256
+"""Float32 values of a panel that stays in a second-level cache of one megabyte beside its rows."""
 _LATENCY = 4.0
 """Cycles between a multiply-add and the next that reads its result."""
 
@@ -71,12 +73,13 @@ class Tile:
         return self.vectors * self.lanes
 
 
-def choose_tile(rows: int, columns: int, registers: Registers) -> Tile:
+def choose_tile(rows: int, columns: int, depth: int, registers: Registers) -> Tile:
     """The tile of the least estimated time for a product of ``rows`` by ``columns``.
 
     Args:
         rows: the number of rows; 0 where it is not known.
         columns: the number of columns.
+        depth: the number of products that are added up.
         registers: what the tile must fit into.
     """
 
@@ -85,6 +88,9 @@ def choose_tile(rows: int, columns: int, registers: Registers) -> Tile:
         work, loads = tile.rows * tile.vectors, tile.rows + tile.vectors
         return tiles * -(-columns // tile.panel) * max(work / 2, loads / 2, _LATENCY)
 
+    def loads(tile: Tile) -> float:
+        return (tile.rows + tile.vectors) / (tile.rows * tile.vectors)
+
     most = min(rows, 16) if rows else _UNKNOWN_ROWS
     wide = max(1, min(8, -(-columns // registers.lanes)))
     tiles = [
@@ -92,8 +98,9 @@ def choose_tile(rows: int, columns: int, registers: Registers) -> Tile:
         for r in range(most if not rows else 1, most + 1)
         for v in range(1, wide + 1)
         if r * v + v + 1 < registers.count
+        and (v == 1 or v * registers.lanes * depth <= _PANEL_ELEMENTS)
     ]
-    return min(tiles, key=lambda tile: (cycles(tile), abs(tile.rows - 2 * tile.vectors)))
+    return min(tiles, key=lambda tile: (cycles(tile), loads(tile)))
 
 
 # -- relax to tensor expressions -----------------------------------------------------------------
@@ -107,7 +114,7 @@ def legalize_matmul(builder: Any, call: Any) -> Any:
     if not _is_plain(a, b):
         return tvm.ir.Op.get("relax.matmul").get_attr("FLegalize")(builder, call)
     rows, columns = _constant(a.ty.shape[-2]), _constant(b.ty.shape[-1])
-    tile = choose_tile(rows, columns, Registers.of_target())
+    tile = choose_tile(rows, columns, int(a.ty.shape[-1]), Registers.of_target())
     if b.ty.ndim == 2:
         packed = builder.emit(builder.call_te(pack, b, tile.panel, primfunc_name_hint=_PACK))
         return builder.call_te(
@@ -248,10 +255,7 @@ def schedule_product(schedule: Any, block: Any) -> set[str]:
     schedule.unroll(first[-2])
     schedule.vectorize(first[-1])
     written = schedule.get_loops(held)
-    parts, lane = schedule.split(written[-1], [None, lanes])
-    schedule.vectorize(lane)
-    for loop in (written[-2], parts):
-        schedule.unroll(loop)
+    schedule.vectorize(schedule.split(written[-1], [None, lanes])[-1])
     return merged
 
 

@@ -5,6 +5,7 @@ cover what matters:
 
     conv2d    `pruna_ir.backends.tvm_convolutions`
     matmul    `pruna_ir.backends.tvm_products`
+    rows      `pruna_ir.backends.tvm_reductions`: softmax, layer norm
     the rest  element-wise steps inlined into each other, outer loops parallel, reductions of
               blocked tensors sixteen lanes at a time
 
@@ -17,7 +18,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pruna_ir.backends import tvm_convolutions, tvm_products
+from pruna_ir.backends import tvm_convolutions, tvm_products, tvm_reductions
+from pruna_ir.backends.tvm_functions import with_arithmetic
 from pruna_ir.backends.tvm_loops import LANES, extent
 
 _REDUCTION = 2
@@ -85,6 +87,10 @@ def _schedule_function(function: Any) -> tuple[Any, bool]:
 
     schedule = s_tir.Schedule(tvm.IRModule({"main": function}))
     root = schedule.get_sblock("root")
+    for block in schedule.get_child_blocks(root):
+        if schedule.get(block).name_hint == tvm_reductions.ROWS:
+            tvm_reductions.schedule_rows(schedule, block)
+            return schedule.mod["main"], False
     _inline(schedule, root)
     convolution = _convolution(schedule, root)
     if convolution is not None:
@@ -146,7 +152,7 @@ def schedule_module(module: Any, features: Callable[[str], bool]) -> tuple[Any, 
         except s_tir.ScheduleError:
             kept[name.name_hint] = "a rule does not fit its loops"
             continue
-        result.update_func(name, scheduled)
+        result.update_func(name, with_arithmetic(scheduled))
         if not product and _is_product(name.name_hint, function):
             kept[name.name_hint] = "no rule covers its operator at these shapes"
     return result, dict(sorted(kept.items()))

@@ -1,0 +1,55 @@
+"""Products of the last dimension without the reshapes around them.
+
+    reshape(addmm(b, reshape(x, [-1, K]), W), [.., N])  -->  add(matmul(x, W), b)    x [.., K]
+
+GPT-2's dense layers are written so. Without the reshapes, what follows the product (an activation,
+a residual) is computed as the product is written out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from pruna_ir.call import bind_arguments
+from pruna_ir.program import Program
+from pruna_ir.transform import Context, Rewrite
+
+aten = torch.ops.aten
+
+
+def with_plain_products(program: Program) -> Program:
+    """The program with every product of flattened rows on the rows as they were."""
+    rw = Rewrite(program, "tvm-import", Context())
+    for node in rw.calls(aten.reshape.default):
+        found = _flattened(node)
+        if found is None:
+            continue
+        x, weight, bias = found
+        product = rw.insert(aten.matmul.default, before=node, like=node, self=x, other=weight)
+        total = rw.insert(aten.add.Tensor, before=node, like=node, self=product, other=bias)
+        rw.replace(node, total)
+    return rw.finish()
+
+
+def _flattened(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """x, W and b, where the node is a product of flattened rows that has their shape again."""
+    product = bind_arguments(node)["self"]
+    if product.target is not aten.addmm.default or len(product.users) > 1:
+        return None
+    bound = bind_arguments(product)
+    rows = bound["mat1"]
+    if rows.target is not aten.reshape.default or (bound["alpha"], bound["beta"]) != (1, 1):
+        return None
+    x = bind_arguments(rows)["self"]
+    given, result = _sizes(x), _sizes(node)
+    fits = len(given) > 2 and given[:-1] == result[:-1] and given[-1] == _sizes(rows)[-1]
+    plain = bound["self"].meta["val"].dim() == 1
+    return (x, bound["mat2"], bound["self"]) if fits and plain else None
+
+
+def _sizes(node: Any) -> list[str]:
+    """The sizes as they are written: equal ones of dynamic dimensions are the same symbol."""
+    return [str(size) for size in node.meta["val"].shape]
