@@ -8,9 +8,12 @@ GQA (2023): ``heads`` queries share ``heads / groups`` keys and values. A query 
 from every key gives zeros, where the formula alone would divide zero by zero.
 
 The fast path is torch's fused attention, which never stores the scores; it reads grouped keys in
-place, where models repeat them in memory. Projections are no part of the operator: rotary
-embeddings, normalised queries and caches stand between them and the product in half of today's
-models, and a linear layer is as fast alone.
+place, where models repeat them in memory. On a CPU it gains with length and with masks (at 1024
+tokens a third of the formula's time); for some hundred tokens without a mask it is at par.
+
+Projections are no part of the operator. One product for query, key and value took 98% to 100% of
+the time of three, from 16 to 512 tokens of width 768, and rotary embeddings, normalised queries
+or caches stand between projection and product in most models of today.
 """
 
 from __future__ import annotations

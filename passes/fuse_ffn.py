@@ -5,6 +5,10 @@
       -->
     y = pruna::ffn(x, w1, b1, w2, b2, gate, gate_bias, act)
 
+The norm before a block and the sum behind it stay: both read and write their input once, which is
+1% to 4% of a block's time on a CPU (widths 192 to 2048), and matrix products of oneDNN and cuBLAS
+do not normalise what they read.
+
 ``ffn_patterns`` says which spellings of layers and activations are known. Weights of ``addmm``,
 [in, out], are stored transposed under a name of their own.
 """

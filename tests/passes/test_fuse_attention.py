@@ -14,6 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from pruna_ir.capture import capture
 from pruna_ir.checks import check
+from pruna_ir.cost import cost
 from pruna_ir.decompose import decompose
 from pruna_ir.passes import fuse_attention
 from pruna_ir.passes.canonicalize import Canonicalize
@@ -21,6 +22,7 @@ from pruna_ir.passes.fold_constants import FoldConstants
 from pruna_ir.passes.fuse_attention import FuseAttention
 from pruna_ir.passes.fuse_ffn import FuseFfn
 from pruna_ir.program import Program
+from pruna_ir.serialize import load_program, save_program
 from pruna_ir.transform import PassResult, apply
 from pruna_ir.verify import verify
 from tests.passes.corpus import canonical, targets
@@ -121,10 +123,23 @@ def spelt_out(name: str) -> Program:
     return apply(Canonicalize(), capture(_SPELT_OUT[name]().eval(), (image,))).program
 
 
+def _torchvision_vit() -> Program:
+    """Its head is zero at first, and the comparison would see nothing."""
+    import torchvision
+
+    torch.manual_seed(0)
+    model = torchvision.models.VisionTransformer(32, 8, 2, 2, 32, 64).eval()
+    nn.init.normal_(model.heads.head.weight)
+    return apply(Canonicalize(), capture(model, (torch.randn(2, 3, 32, 32),))).program
+
+
 @pytest.mark.parametrize("name", ["vit", "timm_vit", "gpt2", "bert", "llama"])
 def test_fires_on_real_models(name):
     """Every layer's attention and feed-forward block: as many of each as there are layers."""
-    result = fused(canonical(name))
+    program = _torchvision_vit() if name == "vit" else canonical(name)
+    result = fused(program)
+    assert float(program(*program.examples)[0].abs().max()) > 0
+    assert cost(result.program).flops == cost(program).flops
     both = apply(FuseFfn(), result.program)
     assert targets(both.program).count(FUSED) == targets(both.program).count("pruna.ffn") == 2
     assert not missed(result)
@@ -323,6 +338,14 @@ def test_any_shape(batch, heads, queries, keys, size, out, mask, seed):
     )  # fmt: skip
     result = fused(program_of(f, shapes=shapes, seed=seed))
     assert targets(result.program).count(FUSED) == 1
+
+
+def test_is_saved_and_read_again(tmp_path):
+    program = fused(canonical("llama")).program
+    save_program(program, tmp_path / "program.pt2")
+    again = load_program(tmp_path / "program.pt2")
+    assert torch.equal(again(*program.examples)[0], program(*program.examples)[0])
+    assert targets(again).count(FUSED) == 2
 
 
 def test_decomposes_into_torchs_own_operator():
