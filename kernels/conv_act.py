@@ -9,10 +9,9 @@
     none, relu, relu6, hardtanh (activation_args = [min, max]), leaky_relu ([slope]), hardswish,
     silu, sigmoid, gelu (exact), gelu_tanh
 
-The fast path for inference computes the epilogue in place in the convolution's own result; on a
-GPU, convolutions of one group are one Triton kernel (``triton_conv_act``).
-oneDNN's fused post-ops (``mkldnn::_convolution_pointwise``) were tried and left out: from torch,
-whose weights are not laid out for it beforehand, they gained nothing over separate calls.
+The fast path for inference computes the epilogue in place in the convolution's own result. Beyond
+that speed comes from weights that are laid out once, which an operator on plain tensors cannot do:
+the eager backend spells this one out and packs its convolution (see `pruna_ir.kernels.onednn`).
 """
 
 from __future__ import annotations
