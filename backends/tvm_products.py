@@ -118,9 +118,9 @@ def legalize_matmul(builder: Any, call: Any) -> Any:
     if b.ty.ndim == 2:
         packed = builder.emit(builder.call_te(pack, b, tile.panel, primfunc_name_hint=_PACK))
         return builder.call_te(
-            _packed(columns, tile), a, packed, primfunc_name_hint="matmul_packed"
+            packed_product(columns, tile), a, packed, primfunc_name_hint="matmul_packed"
         )
-    return builder.call_te(_batched(tile), a, b, primfunc_name_hint="matmul_batched")
+    return builder.call_te(batched_product(tile), a, b, primfunc_name_hint="matmul_batched")
 
 
 def _constant(size: Any) -> int:
@@ -155,7 +155,7 @@ def pack(b: Any, panel: int) -> Any:
     return te.compute((*batch, -(-columns // panel), k, panel), element, name=_PACK)
 
 
-def _packed(columns: int, tile: Tile) -> Callable[[Any, Any], Any]:
+def packed_product(columns: int, tile: Tile) -> Callable[[Any, Any], Any]:
     """The product with a packed matrix [panels, K, panel]."""
 
     def matmul(a: Any, packed: Any) -> Any:
@@ -167,7 +167,7 @@ def _packed(columns: int, tile: Tile) -> Callable[[Any, Any], Any]:
     return matmul
 
 
-def _batched(tile: Tile) -> Callable[[Any, Any], Any]:
+def batched_product(tile: Tile) -> Callable[[Any, Any], Any]:
     """The product of matrices with batch dimensions, which broadcast."""
 
     def matmul(a: Any, b: Any) -> Any:
@@ -290,5 +290,6 @@ def schedule_copy(schedule: Any, block: Any) -> None:
 
 
 __all__: Sequence[str] = (
-    "COPIES", "PRODUCT", "legalize_matmul", "schedule_copy", "schedule_matmul", "schedule_product",
+    "COPIES", "PRODUCT", "Registers", "Tile", "batched_product", "choose_tile", "legalize_matmul",
+    "pack", "packed_product", "schedule_copy", "schedule_matmul", "schedule_product",
 )  # fmt: skip

@@ -92,7 +92,7 @@ def _sum(a: Any, b: Any) -> Any:
 def _larger(a: Any, b: Any) -> Any:
     from tvm import tirx
 
-    return tirx.Select(a > b, a, b)
+    return tirx.max(a, b)
 
 
 def _over_rows(
