@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
@@ -100,6 +100,14 @@ def test_gradients_at_float64(activation, last):
     tensors = [t.requires_grad_() for t in draw(1, 4, 1, torch.float64)]
     rest = (*options(1, 1, activation), last)
     assert torch.autograd.gradcheck(lambda *t: conv_act(*t, *rest), tensors)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("spatial", [2, 3])
+def test_gradients_in_two_and_three_dimensions(spatial, groups):
+    tensors = [t.requires_grad_() for t in draw(spatial, 2, groups, torch.float64)]
+    rest = options(spatial, groups, "silu")
+    assert torch.autograd.gradcheck(lambda *t: conv_act(*t, *rest), tensors, fast_mode=True)
 
 
 def test_second_gradients_at_float64():
