@@ -340,6 +340,24 @@ def test_any_shape(batch, heads, queries, keys, size, out, mask, seed):
     assert targets(result.program).count(FUSED) == 1
 
 
+@settings(max_examples=12)
+@given(*[st.permutations(letters) for letters in ("bhqd", "bhkd", "bhkd", "bhqk", "bhqd")])
+def test_any_order_of_dimensions(q, k, v, s, y):
+    """Every operand, the scores and the result in orders of their own."""
+    q, k, v, s, y = ("".join(letters) for letters in (q, k, v, s, y))
+
+    def f(_net, *given):
+        a, b, c = (
+            torch.einsum(f"bhnd->{letters.translate(str.maketrans('qk', 'nn'))}", t)
+            for letters, t in zip((q, k, v), given, strict=True)
+        )
+        shares = torch.einsum(f"{q},{k}->{s}", a, b).softmax(s.index("k"))
+        return torch.einsum(f"{s},{v}->{y}", shares, c)
+
+    result = fused(program_of(f, shapes=((2, 3, 5, 4), (2, 3, 6, 4), (2, 3, 6, 4))))
+    assert targets(result.program).count(FUSED) == 1, missed(result)
+
+
 def test_is_saved_and_read_again(tmp_path):
     program = fused(canonical("llama")).program
     save_program(program, tmp_path / "program.pt2")
