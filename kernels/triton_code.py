@@ -43,9 +43,16 @@ def precision(dtype: torch.dtype, *, convolution: bool) -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def tiles(rows: int, columns: int, device: torch.device) -> tuple[int, int]:
-    """(rows, columns) of a tile: at most 128, at least 16, and small enough to occupy the GPU."""
-    row, column = (min(128, max(16, 1 << (n - 1).bit_length())) for n in (rows, columns))
+def tiles(
+    rows: int, columns: int, device: torch.device, *, widest: int = 128
+) -> tuple[int, int]:
+    """(rows, columns) of a tile: at least 16, and small enough to occupy the GPU.
+
+    At most 128 rows and ``widest`` columns: in float32, three stages of two such operands then
+    fit the shared memory of every GPU from Ampere on (99 KiB).
+    """
+    row, column = (max(16, 1 << (n - 1).bit_length()) for n in (rows, columns))
+    row, column = min(row, 128), min(column, widest)
     processors = 1
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count

@@ -59,7 +59,8 @@ def dense(
     gate = None if gate is None else gate.contiguous()
     (rows, width), columns = x.shape, weight.shape[0]
     y = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
-    row, column = triton_code.tiles(rows, columns, x.device)
+    widest = 128 if gate is None else 64
+    row, column = triton_code.tiles(rows, columns, x.device, widest=widest)
     grid = (-(-rows // row) * -(-columns // column),)
     _kernel()[grid](
         x, weight, _or(bias, x), _or(gate, x), _or(gate_bias, x), y, rows, columns, width,

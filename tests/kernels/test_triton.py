@@ -22,32 +22,36 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from pruna_ir.kernels import triton_conv_act, triton_ffn, triton_int8_linear
 
-TILES = {"ROWS": 64, "COLUMNS": 64}
+LEAST = 99 << 10  # bytes of shared memory that every GPU from Ampere on gives a block
 
-def build(kernel, tensors, constants):
+def build(kernel, kind, tensors, constants, columns):
+    constants |= {"ROWS": 128, "COLUMNS": columns}
+    tensors = {name: pointer or "*" + kind for name, pointer in tensors.items()}
+    mma = {"fp16": "mma", "bf16": "mma", "fp32": "tf32", "i8": "mma"}[kind]
     names = kernel.arg_names
     signature = {name: tensors.get(name, "fp32" if name in "ab" else "i32") for name in names}
     signature |= {name: "constexpr" for name in constants}
     source = ASTSource(kernel, signature, constexprs=constants)
-    for capability in (80, 86, 89, 90):
-        asm = compile(source, target=GPUTarget("cuda", capability, 32)).asm
-        print(kernel.__name__, capability, len(asm["cubin"]) > 0, MMA in asm["ptx"], flush=True)
+    for capability in (80, 89, 90):
+        built = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+        print(kernel.__name__, kind, capability, len(built.asm["cubin"]) > 0,
+              mma in built.asm["ptx"], built.metadata.shared <= LEAST, flush=True)
 
-floats = dict.fromkeys(["x", "weight", "bias", "gate", "gate_bias", "residual", "y"], "*fp16")
-MMA = "mma"
-build(triton_ffn._kernel(), floats, {
-    "ACTIVATION": "silu", "BIASED": True, "GATED": True, "GATE_BIASED": True,
-    "PRECISION": "ieee", "DEPTH": 32, **TILES,
-})
-build(triton_conv_act._kernel(), floats, {
+floats = dict.fromkeys(["x", "weight", "bias", "gate", "gate_bias", "residual", "y"])
+for kind, precision in (("fp32", "tf32"), ("bf16", "ieee")):
+    build(triton_ffn._kernel(), kind, floats, {
+        "ACTIVATION": "silu", "BIASED": True, "GATED": True, "GATE_BIASED": True,
+        "PRECISION": precision, "DEPTH": 32,
+    }, 64)
+build(triton_conv_act._kernel(), "fp32", floats, {
     "TAPS_H": 3, "TAPS_W": 3, "STRIDE_H": 2, "STRIDE_W": 1, "PADDING_H": 1, "PADDING_W": 1,
     "DILATION_H": 1, "DILATION_W": 2, "ACTIVATION": "hardswish", "BIASED": True,
-    "RESIDUAL": True, "LAST": True, "PRECISION": "ieee", "DEPTH": 32, **TILES,
-})
-integers = {"x": "*i8", "weight": "*i8", "x_scale": "*fp32", "weight_scale": "*fp32",
+    "RESIDUAL": True, "LAST": True, "PRECISION": "tf32", "DEPTH": 32,
+}, 128)
+integers = {"x": None, "weight": None, "x_scale": "*fp32", "weight_scale": "*fp32",
             "bias": "*fp32", "y": "*fp32"}
-build(triton_int8_linear._kernel(), integers,
-      {"BY_ROW": True, "BIASED": True, "DEPTH": 64, **TILES})
+build(triton_int8_linear._kernel(), "i8", integers,
+      {"BY_ROW": True, "BIASED": True, "DEPTH": 64}, 128)
 """
 
 
@@ -71,12 +75,12 @@ def test_right_in_the_interpreter():
 
 
 def test_compile_to_tensor_core_instructions_from_ampere_on():
-    """No GPU is needed to translate: Triton carries its assembler."""
+    """The largest tiles. No GPU is needed to translate: Triton carries its assembler."""
     done = run(["-c", COMPILE], interpret=False)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     assert len(lines) == 12, done.stdout
-    assert all(line[2:] == ["True", "True"] for line in lines), done.stdout
+    assert all(line[3:] == ["True"] * 3 for line in lines), done.stdout
 
 
 def test_importing_the_kernels_does_not_import_triton():
@@ -102,6 +106,10 @@ def test_tensors_of_a_cpu_are_not_theirs(dtype):
 )
 def test_tiles_follow_the_shape(rows, columns, expected):
     assert triton_code.tiles(rows, columns, torch.device("cpu")) == expected
+
+
+def test_a_gate_halves_the_widest_tile():
+    assert triton_code.tiles(4096, 4096, torch.device("cpu"), widest=64) == (128, 64)
 
 
 def test_float32_is_multiplied_as_torch_says():
