@@ -6,11 +6,13 @@ of the inputs, their shapes and the number of threads alone, never of what ran b
 same to the last bit in every run and process.
 
 Limits: a plan costs the memory of the convolutions' weights, and `PLANS` are kept; products are
-packed once for all. The plain weights stay, for the next plan.
+packed once for all. The plain weights stay, for the next plan. Empty inputs, which oneDNN refuses,
+run operator by operator.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -52,6 +54,7 @@ class PackedProgram:
         # The generated function takes the weights from whatever it is given as self.
         self._function: Any = type(self._module).forward
         self._plans: OrderedDict[Any, SimpleNamespace] = OrderedDict()
+        self._planning = threading.Lock()
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """One tensor per output, laid out as in the program, for one tensor per input.
@@ -78,15 +81,16 @@ class PackedProgram:
     def _plan(self, inputs: Sequence[torch.Tensor]) -> SimpleNamespace:
         """The weights, packed for these shapes."""
         key = (torch.get_num_threads(), *(tuple(value.shape) for value in inputs))
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = SimpleNamespace(**self._tensors)
-            _Packing(self._module, plan, self._convolutions).run(*inputs)
-            while len(self._plans) >= PLANS:
-                self._plans.popitem(last=False)
-            self._plans[key] = plan
-        self._plans.move_to_end(key)
-        return plan
+        with self._planning:
+            plan = self._plans.get(key)
+            if plan is None:
+                plan = SimpleNamespace(**self._tensors)
+                _Packing(self._module, plan, self._convolutions).run(*inputs)
+                while len(self._plans) >= PLANS:
+                    self._plans.popitem(last=False)
+                self._plans[key] = plan
+            self._plans.move_to_end(key)
+            return plan
 
 
 class _Planned(fx.Interpreter):

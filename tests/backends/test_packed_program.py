@@ -9,6 +9,7 @@ results are rounded to either neighbour, less `MARGIN_DB`.
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -246,6 +247,16 @@ def test_every_shape_gets_its_own_plan_and_old_ones_go() -> None:
     first = [packed(x)[0] for x in inputs]
     assert len(packed._plans) == PLANS
     assert all(torch.equal(packed(x)[0], y) for x, y in zip(inputs, first, strict=True))
+
+
+def test_threads_may_share_a_packed_program() -> None:
+    program = captured(lambda x, a: torch.relu(a(x)), nn.Conv2d(5, 5, 3))
+    inputs = [torch.randn(batch, 5, 9, 7) for batch in (1, 2, 3, 4, 5, 6)] * 4
+    expected = [PackedProgram(program)(x)[0] for x in inputs]
+    packed = PackedProgram(program)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda x: packed(x)[0], inputs))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_an_empty_batch_gives_an_empty_result() -> None:
