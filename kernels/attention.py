@@ -90,14 +90,17 @@ def attention_reference(
         scores = _aten.masked_fill.Scalar(scores, _aten.logical_not.default(mask), -math.inf)
     if mask is None or causal:
         return _aten.matmul.default(_aten.softmax.int(scores, -1), value)
+    # A row that is hidden wholly is shown for the softmax, whose value and gradient would be NaN,
+    # and its result is zeroed; masks are small beside the scores.
     if _value(mask).dtype is torch.bool:
-        scores = _aten.masked_fill.Scalar(scores, _aten.logical_not.default(mask), -math.inf)
+        hidden = _aten.logical_not.default(_aten.any.dim(mask, -1, keepdim=True))
+        hides = _aten.logical_not.default(_aten.logical_or.default(mask, hidden))
+        scores = _aten.masked_fill.Scalar(scores, hides, -math.inf)
     else:
-        scores = _aten.add.Tensor(scores, mask)
-    # The rows are filled before the softmax too, whose gradient would be NaN there.
-    hidden = _aten.eq.Scalar(_aten.amax.default(scores, [-1], keepdim=True), -math.inf)
-    shares = _aten.softmax.int(_aten.masked_fill.Scalar(scores, hidden, 0.0), -1)
-    return _aten.matmul.default(_aten.masked_fill.Scalar(shares, hidden, 0.0), value)
+        hidden = _aten.eq.Scalar(_aten.amax.default(mask, [-1], keepdim=True), -math.inf)
+        scores = _aten.add.Tensor(scores, _aten.masked_fill.Scalar(mask, hidden, 0.0))
+    result = _aten.matmul.default(_aten.softmax.int(scores, -1), value)
+    return _aten.masked_fill.Scalar(result, hidden, 0.0)
 
 
 def attention_decomposition(
