@@ -25,6 +25,7 @@ from pruna_ir.program import Program
 from pruna_ir.serialize import load_program, save_program
 from pruna_ir.transform import PassResult, apply
 from pruna_ir.verify import verify
+from tests.passes import attention_spellings as spell
 from tests.passes.corpus import canonical, targets
 
 FUSED = "pruna.attention"
@@ -190,113 +191,32 @@ def test_gpt2_of_a_fixed_batch_is_causal():
 # -- spellings ---------------------------------------------------------------------------------
 
 
-def _products(net, q, k, v):
-    return torch.softmax(q @ k.transpose(-2, -1) * 0.5, -1) @ v
-
-
-def _scaled_query(net, q, k, v):
-    return torch.softmax((q * 0.7) @ (k / 2).mT, -1) @ v
-
-
-def _einsum(net, q, k, v):
-    s = torch.einsum("bhqd,bhkd->bhqk", q, k)
-    return torch.einsum("bhqk,bhkd->bqhd", s.softmax(-1), v)
-
-
-def _tokens_first(net, q, k, v):
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    s = torch.einsum("bqhd,bkhd->bhqk", q, k) / 2
-    return torch.einsum("bhqk,bkhd->bqhd", s.softmax(-1), v)
-
-
-def _heads_outside(net, q, k, v):
-    s = torch.einsum("bhqd,bhkd->hbqk", q, k)
-    return torch.einsum("hbqk,bhkd->bhqd", s.softmax(-1), v)
-
-
-def _keys_first(net, q, k, v):
-    s = k @ q.mT  # [..., keys, queries]
-    return s.softmax(-2).mT @ v
-
-
-def _values_first(net, q, k, v):
-    return v.mT @ torch.softmax(q @ k.mT, -1).mT
-
-
-def _permuted(net, q, k, v):
-    k = k.transpose(1, 2)
-    return torch.softmax(q @ k.permute(0, 2, 3, 1), -1) @ v
-
-
-def _three_dimensions(net, q, k, v):
-    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-    return torch.bmm(torch.bmm(q, k.mT).softmax(-1), v)
-
-
-def _baddbmm(net, q, k, v):
-    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-    scores = torch.baddbmm(net.bias[:1], q, k.mT, alpha=0.5)
-    return torch.bmm(scores.softmax(-1), v)
-
-
-def _filled(net, q, k, v):
-    hidden = (q[..., :1] > k.mT[..., :1, :]) & ~net.causal
-    return (q @ k.mT).masked_fill(hidden, -math.inf).softmax(-1) @ v
-
-
-def _where_lowest(net, q, k, v):
-    scores = torch.where(net.causal, q @ k.mT, torch.finfo(torch.float32).min)
-    return scores.softmax(-1) @ v
-
-
-def _biased(net, q, k, v):
-    return (net.bias + q @ k.mT + net.added).softmax(-1) @ v
-
-
-def _torch_bias(net, q, k, v):
-    return sdpa(q, k, v, net.bias)
-
-
-def _torch_grouped(net, q, k, v):
-    return sdpa(q, k[:, :1], v[:, :1], scale=0.3, enable_gqa=True)
-
-
-def _repeated(net, q, k, v):
-    return sdpa(q, k[:, :1].repeat_interleave(3, 1), v[:, :1].repeat_interleave(3, 1))
-
-
-def _expanded(net, q, k, v):
-    k, v = (
-        t[:, :1][:, :, None].expand(-1, 1, 3, 5, 4).reshape(-1, 3, 5, 4) for t in (k, v)
-    )
-    return sdpa(q, k, v)
-
-
 _PLAIN = "fused attention into attention"
 _MASKED = "fused attention (masked) into attention"
 _CAUSAL = "fused attention (causal) into attention"
+_GROUPED = "fused attention (3 heads of queries share one of keys) into attention"
 
 
 @pytest.mark.parametrize(
     ("function", "remark"),
     [
-        (_products, _PLAIN),
-        (_scaled_query, _PLAIN),
-        (_einsum, _PLAIN),
-        (_tokens_first, _PLAIN),
-        (_heads_outside, _PLAIN),
-        (_keys_first, _PLAIN),
-        (_values_first, _PLAIN),
-        (_permuted, _PLAIN),
-        (_three_dimensions, _PLAIN),
-        (_baddbmm, _MASKED),
-        (_filled, _MASKED),
-        (_where_lowest, _CAUSAL),
-        (_biased, _MASKED),
-        (_torch_bias, _MASKED),
-        (_torch_grouped, "fused attention (3 heads of queries share one of keys) into attention"),
-        (_repeated, "fused attention (3 heads of queries share one of keys) into attention"),
-        (_expanded, "fused attention (3 heads of queries share one of keys) into attention"),
+        (spell.products, _PLAIN),
+        (spell.scaled_query, _PLAIN),
+        (spell.einsum, _PLAIN),
+        (spell.tokens_first, _PLAIN),
+        (spell.heads_outside, _PLAIN),
+        (spell.keys_first, _PLAIN),
+        (spell.values_first, _PLAIN),
+        (spell.permuted, _PLAIN),
+        (spell.three_dimensions, _PLAIN),
+        (spell.baddbmm, _MASKED),
+        (spell.filled, _MASKED),
+        (spell.where_lowest, _CAUSAL),
+        (spell.biased, _MASKED),
+        (spell.torch_bias, _MASKED),
+        (spell.torch_grouped, _GROUPED),
+        (spell.repeated, _GROUPED),
+        (spell.expanded, _GROUPED),
         (lambda _, q, k, v: sdpa(q, k, v, is_causal=True), _CAUSAL),
         (lambda net, q, k, v: sdpa(q, k, v, net.causal), _CAUSAL),
         (lambda net, q, k, v: sdpa(q, k, v, net.added), _CAUSAL),
