@@ -9,6 +9,8 @@ blocks) is computed on them too:
 so that ``block`` and ``unblock`` remain at the ends of a network alone. The lanes behind the last
 channel hold anything: nothing that is kept reads them.
 
+A ``conv1d`` is a convolution of height one.
+
 Limits: a convolution on tensors of unknown height or width stays as it is; data of fewer than 16
 channels is read where it lies.
 """
@@ -80,13 +82,15 @@ def _rewriter() -> Any:
             return self.builder_.finalize()
 
         def visit_var_binding_(self, binding: Any) -> None:
-            made = _blocked_form(self, binding.value)
-            if made is None:
+            plain = _flat_convolution(self, binding.value)
+            made = None if plain is not None else _blocked_form(self, binding.value)
+            if made is not None:
+                blocked = _Blocked(self.builder_.emit(made.value), made.channels)
+                self.blocked[binding.var] = blocked
+                plain = _unblocked(self.builder_, blocked, binding.value.ty)
+            if plain is None:
                 super().visit_var_binding_(binding)
                 return
-            blocked = _Blocked(self.builder_.emit(made.value), made.channels)
-            self.blocked[binding.var] = blocked
-            plain = _unblocked(self.builder_, blocked, binding.value.ty)
             inner = isinstance(binding.var, relax.DataflowVar)
             emit = self.builder_.emit if inner else self.builder_.emit_output
             self.set_var_remap(binding.var, emit(plain))
@@ -207,6 +211,33 @@ def _convolution(rewriter: Any, call: Any) -> _Blocked | None:
         primfunc_attrs=ATTRIBUTES,
     )
     return _Blocked(made, constants.outputs)
+
+
+def _flat_convolution(rewriter: Any, call: Any) -> Any:
+    """A ``conv1d`` of constant sizes as a convolution of height one; None where it is no such."""
+    from tvm import relax
+
+    if getattr(getattr(call, "op", None), "name", "") != "relax.nn.conv1d":
+        return None
+    attributes, builder = call.attrs, rewriter.builder_
+    if (attributes.data_layout, attributes.kernel_layout) != ("NCW", "OIW"):
+        return None
+    data, weight = (
+        builder.emit(relax.op.expand_dims(rewriter.visit_expr(operand), 2))
+        for operand in call.args
+    )
+    left, right = (int(v) for v in attributes.padding)
+    flat = builder.normalize(
+        relax.op.nn.conv2d(
+            data, weight, (1, int(attributes.strides[0])), (0, left, 0, right),
+            (1, int(attributes.dilation[0])), int(attributes.groups),
+        )
+    )  # fmt: skip
+    made = _convolution(rewriter, flat) if _sizes(flat) is not None else None
+    if made is None:
+        return None
+    blocked = _Blocked(builder.emit(made.value), made.channels)
+    return relax.op.squeeze(builder.emit(_unblocked(builder, blocked, flat.ty)), [2])
 
 
 def _pair(values: Any) -> tuple[int, int]:

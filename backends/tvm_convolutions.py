@@ -273,18 +273,18 @@ def schedule_convolution(schedule: Any, block: Any) -> None:
     Element-wise blocks have been inlined into the last one before.
     """
     root = schedule.get_sblock("root")
-    last = schedule.get_child_blocks(root)[-1]
-    shape = [extent(schedule, loop) for loop in schedule.get_loops(last)]
-    sums = [extent(schedule, loop) for loop in schedule.get_loops(block)][:5]
-    fused = schedule.get(last).name_hint != ACCUMULATE and shape == sums
+    names = [schedule.get(b).name_hint for b in schedule.get_child_blocks(root)]
+    behind = schedule.get_child_blocks(root)[names.index(ACCUMULATE) + 1 :]
+    shapes = [[extent(schedule, v) for v in schedule.get_loops(b)][:5] for b in (block, *behind)]
+    fused = len(behind) == 1 and shapes[0] == shapes[1]
     _schedule_padding(schedule, root)
     if fused:
         schedule.set_scope(block, 0, "local")
+        last = behind[0]
     else:
-        held = schedule.cache_write(block, 0, "local")
-        if schedule.get(last).name_hint != ACCUMULATE:
-            _schedule_apart(schedule, last)
-        last = held
+        last = schedule.cache_write(block, 0, "local")
+        for other in behind:
+            _schedule_apart(schedule, other)
     _schedule_tiles(schedule, block, last)
 
 

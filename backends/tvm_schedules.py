@@ -25,6 +25,8 @@ from pruna_ir.backends.tvm_loops import LANES, extent
 _REDUCTION = 2
 _PRODUCTS = ("conv", "matmul", "dense", "einsum")
 _BLOCKED_RANK = 5
+_LONG = 400
+_CURVED = ("T.erf", "T.exp", "T.tanh", "T.sigmoid", "T.pow")
 NO_PROCESSOR = "no rule covers a processor without AVX2"
 
 
@@ -38,7 +40,13 @@ def _inline(schedule: Any, root: Any) -> None:
         readers = schedule.get_consumers(block)
         if not readers or _is_reduction(schedule, block):
             continue
-        if not any(_is_reduction(schedule, reader) for reader in readers):
+        if any(_is_reduction(schedule, reader) for reader in readers):
+            continue
+        # Functions become polynomials, which write their operand out many times: nested ones
+        # without end, so that one whose operand is long takes it from memory.
+        texts = [str(schedule.get(reader).body) for reader in (block, *readers)]
+        curved = any(word in text for text in texts for word in _CURVED)
+        if not curved or max(map(len, texts)) < _LONG:
             schedule.compute_inline(block)
 
 

@@ -180,6 +180,25 @@ def test_what_lies_between_convolutions(tmp_path: Path) -> None:
     assert error(module, tmp_path, torch.randn(3, 3, 14, 15)) < 1
 
 
+class Signals(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Conv1d(2, 18, 5, stride=2, padding=2)
+        self.second = torch.nn.Conv1d(18, 12, 3, dilation=2, groups=6, bias=False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = self.first(x).relu()
+        return y, torch.tanh(self.second(y))
+
+
+def test_one_dimension_is_a_height_of_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Signals().eval()
+    made = capture(module, (torch.randn(2, 2, 31),))
+    assert lowered(made, tmp_path).facts["tvm-default-schedules"] == []
+    assert error(module, tmp_path, torch.randn(3, 2, 31)) < 1
+
+
 # -- one function ---------------------------------------------------------------------------------
 
 
