@@ -35,7 +35,7 @@ from pruna_ir.errors import LoweringError
 from pruna_ir.program import Program, TensorSpec
 
 KERNELS = "kernels.json"
-SCHEDULES = "blocked-conv2d, panel-matmul, parallel"
+SCHEDULES = "blocked-conv2d, packed-products, row-reductions, vector-functions, parallel"
 """Where the loops come from: see `pruna_ir.backends.tvm_schedules`."""
 
 _KINDS = (("conv", "conv"), ("matmul", "matmul"), ("dense", "linear"), ("einsum", "matmul"))
