@@ -123,9 +123,7 @@ def test_latency_is_each_layers_own_time_on_the_target() -> None:
     layers = sum(row["float"] for row in costs.table)
     assert costs.reference >= layers * (1 - 1e-9)  # sums of the same times, in two orders
     whole = inserted_cost("latency", found.base, found.base, costs, 0.0, "openvino", 0)
-    # The same program, timed twice in microseconds on a machine that does other things too: what
-    # must not happen is another unit.
-    assert 0.02 < whole / costs.reference < 50
+    assert 0.2 < whole / costs.reference < 5  # the same program, timed twice
 
 
 def test_a_target_without_a_profiler_is_refused() -> None:
