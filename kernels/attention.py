@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from pruna_ir.errors import UsageError
-from pruna_ir.kernels.kernel import Kernel
+from pruna_ir.kernels.kernel import Kernel, differentiate_reference
 
 _aten = torch.ops.aten
 _SDPA = _aten.scaled_dot_product_attention.default
@@ -216,23 +216,7 @@ def _(
     return query.new_empty([*lead, queries, heads, value.shape[-1]]).transpose(-3, -2)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG001
-    ctx.save_for_backward(*inputs[:4])
-    ctx.options = inputs[4:]
-
-
-def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of the reference, which is run again from the saved inputs."""
-    saved = ctx.saved_tensors
-    wanted = [t for t, needed in zip(saved, ctx.needs_input_grad, strict=False) if needed]
-    twice = torch.is_grad_enabled()
-    with torch.enable_grad():
-        y = attention_reference(*saved, *ctx.options)
-        found = iter(torch.autograd.grad(y, wanted, grad, create_graph=twice))
-    return (*[next(found) if needed else None for needed in ctx.needs_input_grad[:4]], None, None)
-
-
-torch.library.register_autograd("pruna::attention", _gradients, setup_context=_save)
+differentiate_reference("pruna::attention", attention_reference, tensors=4)
 
 KERNEL = Kernel(
     torch.ops.pruna.attention.default, attention_reference, decomposition=attention_decomposition

@@ -23,7 +23,7 @@ import torch
 
 from pruna_ir.errors import UsageError
 from pruna_ir.kernels import triton_conv_act
-from pruna_ir.kernels.kernel import Kernel
+from pruna_ir.kernels.kernel import Kernel, differentiate_reference
 
 _aten = torch.ops.aten
 
@@ -204,23 +204,6 @@ def _(
     return torch.empty_like(y)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG001
-    ctx.save_for_backward(*inputs[:4])
-    ctx.options = inputs[4:]
-
-
-def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of the reference, which is run again from the saved inputs."""
-    saved = ctx.saved_tensors
-    wanted = [t for t, needed in zip(saved, ctx.needs_input_grad, strict=False) if needed]
-    twice = torch.is_grad_enabled()
-    with torch.enable_grad():
-        y = conv_act_reference(*saved, *ctx.options)
-        found = iter(torch.autograd.grad(y, wanted, grad, create_graph=twice))
-    grads = [next(found) if needed else None for needed in ctx.needs_input_grad[:4]]
-    return (*grads, *[None] * 7)
-
-
-torch.library.register_autograd("pruna::conv_act", _gradients, setup_context=_save)
+differentiate_reference("pruna::conv_act", conv_act_reference, tensors=4)
 
 KERNEL = Kernel(torch.ops.pruna.conv_act.default, conv_act_reference)

@@ -20,7 +20,7 @@ import torch
 
 from pruna_ir.errors import UsageError
 from pruna_ir.kernels import triton_ffn
-from pruna_ir.kernels.kernel import Kernel
+from pruna_ir.kernels.kernel import Kernel, differentiate_reference
 
 _aten = torch.ops.aten
 
@@ -169,22 +169,6 @@ def _(
     return x.new_empty([*x.shape[:-1], w2.shape[0]])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG001
-    ctx.save_for_backward(*inputs[:7])
-    ctx.options = inputs[7:]
-
-
-def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of the reference, which is run again from the saved inputs."""
-    saved = ctx.saved_tensors
-    wanted = [t for t, needed in zip(saved, ctx.needs_input_grad, strict=False) if needed]
-    twice = torch.is_grad_enabled()
-    with torch.enable_grad():
-        y = ffn_reference(*saved, *ctx.options)
-        found = iter(torch.autograd.grad(y, wanted, grad, create_graph=twice))
-    return (*[next(found) if needed else None for needed in ctx.needs_input_grad[:7]], None)
-
-
-torch.library.register_autograd("pruna::ffn", _gradients, setup_context=_save)
+differentiate_reference("pruna::ffn", ffn_reference, tensors=7)
 
 KERNEL = Kernel(torch.ops.pruna.ffn.default, ffn_reference)

@@ -29,3 +29,31 @@ class Kernel:
     reference: Callable[..., Any]
     primitive: bool = False
     decomposition: Callable[..., Any] | None = None
+
+
+def differentiate_reference(
+    name: str, reference: Callable[..., torch.Tensor], tensors: int
+) -> None:
+    """Give an operator the gradients of its reference, which is run again from the saved inputs.
+
+    Args:
+        name: the operator, such as ``pruna::conv_act``.
+        reference: a function with the operator's arguments, differentiable as often as wanted.
+        tensors: how many of the first arguments are tensors or None; the others are options.
+    """
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG001
+        ctx.save_for_backward(*inputs[:tensors])
+        ctx.options = inputs[tensors:]
+
+    def gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:tensors]
+        wanted = [t for t, needed in zip(saved, needs, strict=True) if needed]
+        twice = torch.is_grad_enabled()
+        with torch.enable_grad():
+            y = reference(*saved, *ctx.options)
+            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=twice))
+        grads = [next(found) if needed else None for needed in needs]
+        return (*grads, *[None] * len(ctx.options))
+
+    torch.library.register_autograd(name, gradients, setup_context=save)
