@@ -20,7 +20,7 @@ slowest.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,6 +43,8 @@ from pruna_ir.transform import Context
 
 CostKind = Literal["size", "operations", "latency"]
 UNITS: dict[str, str] = {"size": "bytes", "operations": "bit operations", "latency": "ms"}
+Profiler = Callable[[Mapping[str, Program], str, Path, int], dict[str, dict[str, float]]]
+"""Milliseconds by the runtime's layer names, of each program: see `profiles`."""
 _GRID = 8  # bytes: a float32 scale and an int32 zero point
 
 
@@ -182,7 +184,7 @@ def _product(base: Program, node: fx.Node, width: str, full: int) -> int:
 def _latencies(priced: Priced, target: str, seed: int) -> Costs:
     programs = {"float": priced.base, **priced.programs}
     with TemporaryDirectory(prefix="pruna-bits-") as folder:
-        timed = _profiles(programs, target, Path(folder), seed)
+        timed = profiles(programs, target, Path(folder), seed)
     spent = {width: layer_times(p, timed[width]) for width, p in programs.items()}
     named = {width: [_time(spent[width], g) for g in priced.groups] for width in programs}
     for width, times in named.items():
@@ -209,26 +211,33 @@ def _time(spent: Mapping[str, float], group: LayerGroup) -> float | None:
 
 def inserted_cost(
     kind: CostKind, program: Program, base: Program, costs: Costs, predicted: float, target: str,
-    seed: int,
+    seed: int, profiler: Profiler | None = None,
 ) -> float:
     """What a quantised program costs as a whole, counted or measured anew.
 
-    Latency is measured side by side with the float program, and given in the milliseconds that
-    the float program took in ``costs``. Bit operations are what was ``predicted``.
+    Latency is measured by the ``profiler`` (`profiles` by default) side by side with the float
+    program, and given in the milliseconds that the float program took in ``costs``. Bit operations
+    are what was ``predicted``.
     """
     if kind == "size":
         return float(cost(program).bytes)
     if kind == "operations":
         return predicted
     with TemporaryDirectory(prefix="pruna-bits-") as folder:
-        timed = _profiles({"float": base, "mixed": program}, target, Path(folder), seed)
+        measured = profiler or profiles
+        timed = measured({"float": base, "mixed": program}, target, Path(folder), seed)
     ratio = sum(timed["mixed"].values()) / sum(timed["float"].values())
     return costs.reference * ratio
 
 
-def _profiles(
+def profiles(
     programs: Mapping[str, Program], target: str, folder: Path, seed: int
 ) -> dict[str, dict[str, float]]:
+    """Milliseconds by the runtime's layer names, of each program's artifact, batch 1, in turns.
+
+    Raises:
+        UsageError: the target has no profiler here.
+    """
     runners, inputs = [], []
     for number, (width, program) in enumerate(programs.items()):
         context = Context(target=target, seed=seed)
