@@ -37,6 +37,7 @@ class Dot:
     """One instruction.
 
     Attributes:
+        name: the type that it multiplies.
         marker: what a computation calls until the instruction replaces it.
         depth: how many products each sum takes in.
         data: the type of the data, and of the operand that it is broadcast to.
@@ -46,6 +47,7 @@ class Dot:
         features: the instruction sets that it needs, as LLVM names them.
     """
 
+    name: str
     marker: str
     depth: int
     data: str
@@ -64,7 +66,7 @@ class Dot:
 
 
 INT8 = Dot(
-    "pruna_dot_int8", 4, "uint8", "int32", "int8x64", "llvm.x86.avx512.vpdpbusd.512",
+    "int8", "pruna_dot_int8", 4, "uint8", "int32", "int8x64", "llvm.x86.avx512.vpdpbusd.512",
     ("avx512f", "avx512vnni"),
 )  # fmt: skip
 """Unsigned data times signed weights."""
@@ -75,7 +77,8 @@ def dot(kind: Dot, data: Any, packed: Any) -> Any:
     """The products of ``kind.depth`` values with as many weights, added up.
 
     Args:
-        data: the element of a tensor at which the values begin.
+        data: the element of a tensor at which the values begin, or of one of words; or, widened to
+            int32, the single value of each lane.
         packed: the element of a tensor of words, see `word`.
     """
     from tvm import tirx
@@ -101,8 +104,6 @@ def with_dots(function: Any) -> Any:
     import tvm_ffi
     from tvm import tirx
 
-    if not any(marker in str(function.body) for marker in _DOTS):
-        return function
     body = tvm_ffi.structural_map(
         function.body, (tirx.BufferStore, _instruction), (tirx.For, _without_lanes), order="post"
     )
@@ -118,18 +119,30 @@ def _instruction(store: Any) -> Any:
     if kind is None:
         return store
     _, data, packed = call.args
-    values = tirx.BufferLoad(data.source, _along(data.indices, kind.depth))
-    broadcast = tirx.Broadcast(tirx.reinterpret("int32", values), LANES)
     words = tirx.BufferLoad(packed.source, _along(packed.indices, LANES))
     sums = store.value.a
     made = tirx.call_llvm_pure_intrin(
         f"{kind.sums}x{LANES}",
         kind.intrinsic,
         tirx.BufferLoad(sums.source, _along(sums.indices, LANES)),
-        tirx.reinterpret(kind.operand, broadcast),
+        tirx.reinterpret(kind.operand, _data(kind, data)),
         tirx.reinterpret(kind.operand, words),
     )
     return tirx.BufferStore(store.buffer, made, _along(store.indices, LANES))
+
+
+def _data(kind: Dot, value: Any) -> Any:
+    """The sixteen words that a data operand stands for: equal ones, but where it is widened."""
+    from tvm import tirx
+
+    if isinstance(value, tirx.Cast):
+        source = value.value
+        loaded = tirx.BufferLoad(source.source, _along(source.indices, LANES))
+        return loaded.astype(f"int32x{LANES}")
+    if str(getattr(value.ty, "dtype", value.ty)) == "int32":
+        return tirx.Broadcast(value, LANES)
+    values = tirx.BufferLoad(value.source, _along(value.indices, kind.depth))
+    return tirx.Broadcast(tirx.reinterpret("int32", values), LANES)
 
 
 def _kind(call: Any) -> Dot | None:
@@ -161,4 +174,24 @@ def _without_lanes(loop: Any, _: Any = None) -> Any:
     return tirx.For(loop.loop_var, loop.min, tirx.const(1, "int32"), tirx.ForKind.SERIAL, body)
 
 
-__all__: Sequence[str] = ("INT8", "Dot", "dot", "with_dots", "word")
+def multiplied(function: Any) -> str:
+    """The type that the instructions of a ``PrimFunc`` multiply; empty where it has none of ours."""
+    import tvm
+    import tvm_ffi
+
+    names = {
+        tvm.target.codegen.llvm_lookup_intrinsic_id(made.intrinsic): made.name
+        for made in _DOTS.values()
+    }
+    called = tvm.ir.Op.get("tirx.call_llvm_pure_intrin")
+    found: set[str] = set()
+
+    def note(call: Any) -> None:
+        if call.op.same_as(called):
+            found.add(names.get(int(call.args[0].value), ""))
+
+    tvm_ffi.structural_walk(function.body, (tvm.ir.Call, note))
+    return next(iter(sorted(found - {""})), "")
+
+
+__all__: Sequence[str] = ("INT8", "Dot", "dot", "multiplied", "with_dots", "word")
