@@ -4,8 +4,10 @@ Files of an artifact: ``model.so``, ``parameters.npz``, ``model.json`` (see
 `pruna_ir.backends.tvm_runtime`, which loads them with numpy and TVM alone) and ``kernels.json``
 (what the compiler put into the library).
 
-Dynamic dimensions stay dynamic. Quantised programs store int8 weights; TVM's operators compute
-in float32 between quantize and dequantize, and the audit says so.
+Dynamic dimensions stay dynamic. Quantised programs store int8 weights. Where the processor has
+AVX512-VNNI their convolutions multiply bytes, and what lies between them is stored in bytes; where
+it has not, and where an operand has a zero point for each channel or a weight one other than 0,
+they compute in float32 between quantize and dequantize. The audit tells which.
 
 Limits: linking needs a C or C++ compiler; code is compiled for one processor, this machine's
 unless ``cpu`` names another as LLVM does (``x86-64-v3``, ``znver4``).
@@ -30,10 +32,13 @@ from pruna_ir.backends import tvm_build, tvm_import, tvm_runtime
 from pruna_ir.errors import LoweringError, ToolchainError
 from pruna_ir.lowering import Availability, KernelRow, LoadOptions, Lowered, Offender
 from pruna_ir.program import Program
-from pruna_ir.quantization import U8_ASYMMETRIC, QuantScheme
+from pruna_ir.quantization import U8_ASYMMETRIC, QuantScheme, fake_quant_op
 from pruna_ir.transform import API_VERSION, Context
 
 _SHOWN = 8
+_FLOATS = (
+    "tvm: quantised convolutions multiply float32: {cpu} has no AVX512-VNNI, which multiplies bytes"
+)
 _COMPILERS = ("g++", "gcc", "clang++", "clang", "c++", "cc")
 
 
@@ -70,10 +75,10 @@ class ToTvm:
     name: ClassVar[str] = "tvm"
     api_version: ClassVar[int] = API_VERSION
     zeros: ClassVar[Mapping[str, str]] = {"": "dense speed: zeros are multiplied like any number"}
-    # Operators compute in float32 between quantize and dequantize: any grid will do, and rounding
-    # what only adds and pools read would cost time and accuracy for nothing.
+    # The identity of a residual add is read from memory: as bytes it is a quarter. What only
+    # average pools and float operators read stays float, and max pools carry bytes by themselves.
     scheme: ClassVar[QuantScheme] = QuantScheme(
-        U8_ASYMMETRIC, residual="none", average_pool=False, layer_outputs=False,
+        U8_ASYMMETRIC, residual="identity", average_pool=False, layer_outputs=False,
         repeat_behind_movers=False,
     )
 
@@ -104,6 +109,8 @@ class ToTvm:
         unscheduled = tvm_build.build(imported, program, folder, self.cpu)
         context.progress("tvm: compile", 2, 2)
         told = _without_schedules(unscheduled, str(tvm_build.host_target(self.cpu)))
+        if _is_quantised(program) and not tvm_build.has_dots(self.cpu):
+            told = (*told, _FLOATS.format(cpu=tvm_build.host_target(self.cpu).attrs["mcpu"]))
         for text in told:
             warnings.warn(text, RuntimeWarning, stacklevel=2)
         return Lowered(
@@ -133,6 +140,10 @@ class ToTvm:
         except (OSError, ValueError, TypeError) as error:
             raise LoweringError(f"{listed}: cannot be read: {error}") from error
         return _Runner(runner, kernels)
+
+
+def _is_quantised(program: Program) -> bool:
+    return any(node.target is fake_quant_op() for node in program.calls())
 
 
 def _without_schedules(functions: Mapping[str, str], target: str) -> tuple[str, ...]:

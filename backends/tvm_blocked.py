@@ -18,9 +18,13 @@ channels is read where it lies.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
+from pruna_ir.backends import tvm_bytes
+from pruna_ir.backends.tvm_bytes import Grid, Weight
 from pruna_ir.backends.tvm_convolutions import (
     ATTRIBUTES,
     Convolution,
@@ -28,6 +32,7 @@ from pruna_ir.backends.tvm_convolutions import (
     convolve,
     pack,
 )
+from pruna_ir.backends.tvm_dot import INT8
 from pruna_ir.backends.tvm_loops import LANES
 
 _ELEMENTWISE = frozenset(
@@ -52,16 +57,30 @@ class _Blocked:
     channels: int
 
 
-def block_convolutions(module: Any, features: Callable[[str], bool]) -> Any:
+@dataclass(frozen=True)
+class _Quantised:
+    """A tensor on a grid, and the tensor that was quantised, where its bytes are to be made."""
+
+    grid: Grid
+    source: Any = None
+
+
+def block_convolutions(
+    module: Any,
+    features: Callable[[str], bool],
+    parameters: Mapping[str, np.ndarray[Any, Any]],
+) -> Any:
     """The module with its convolutions on blocked tensors.
 
     Args:
         module: a ``tvm.IRModule`` whose ``main`` is one dataflow block over Relax operators.
         features: whether the processor has an instruction set, by LLVM's name.
+        parameters: the values of the last arguments of ``main``, in order.
     """
     from tvm import relax
 
-    rewriter = relax.expr_functor.mutator(_rewriter())(module, accumulators(features))
+    made = relax.expr_functor.mutator(_rewriter())
+    rewriter = made(module, accumulators(features), INT8.is_covered(features), parameters)
     module = rewriter.rewritten(module)
     return relax.transform.DeadCodeElimination(["main"])(module)
 
@@ -71,10 +90,18 @@ def _rewriter() -> Any:
     from tvm import relax
 
     class Rewriter(relax.PyExprMutator):  # type: ignore[misc]  # TVM is untyped
-        def __init__(self, module: Any, vectors: int) -> None:
+        def __init__(
+            self, module: Any, vectors: int, dots: bool, parameters: Mapping[str, Any]
+        ) -> None:
             super().__init__(module)
-            self.vectors = vectors
+            main = module["main"]
+            weights = main.params[int(main.attrs["num_input"]) :]
+            self.vectors, self.dots = vectors, dots
+            self.parameters = dict(zip(weights, parameters.values(), strict=True))
             self.blocked: dict[Any, _Blocked] = {}
+            self.quantised: dict[Any, _Quantised] = {}
+            self.bytes: dict[Any, _Blocked] = {}
+            self.bindings = {b.var: b.value for block in main.body.blocks for b in block.bindings}
 
         def rewritten(self, module: Any) -> Any:
             variable = module.get_global_var("main")
@@ -83,6 +110,8 @@ def _rewriter() -> Any:
 
         def visit_var_binding_(self, binding: Any) -> None:
             plain = _flat_convolution(self, binding.value)
+            if plain is None and self.dots:
+                plain = _on_bytes(self, binding)
             made = None if plain is not None else _blocked_form(self, binding.value)
             if made is not None:
                 blocked = _Blocked(self.builder_.emit(made.value), made.channels)
@@ -136,12 +165,62 @@ def _block(builder: Any, value: Any) -> Any:
 
 
 def _as_blocked(rewriter: Any, value: Any) -> Any:
-    """A tensor [n, C, H, W] as a blocked one."""
+    """A tensor [n, C, H, W] as a blocked one.
+
+    One on a grid is computed from its bytes for each reader, which it is fused into.
+    """
+    if _is_quantised(rewriter, value):
+        grid = rewriter.quantised[value].grid
+        made = rewriter.builder_.call_te(tvm_bytes.dequantize(grid), _as_bytes(rewriter, value))
+        return rewriter.builder_.emit(made)
     if value in rewriter.blocked:
         return rewriter.blocked[value].value
     made = _block(rewriter.builder_, rewriter.visit_expr(value))
     rewriter.blocked[value] = _Blocked(made, int(value.ty.shape[1]))
     return made
+
+
+def _is_quantised(rewriter: Any, value: Any) -> bool:
+    """Whether a tensor's bytes are blocked, or can be made of a blocked tensor."""
+    held = rewriter.quantised.get(value)
+    return value in rewriter.bytes or (held is not None and held.source in rewriter.blocked)
+
+
+def _is_blocked(rewriter: Any, value: Any) -> bool:
+    return value in rewriter.blocked or _is_quantised(rewriter, value)
+
+
+def _as_bytes(rewriter: Any, value: Any) -> Any:
+    """The blocked bytes of a quantised tensor."""
+    if value not in rewriter.bytes:
+        held = rewriter.quantised[value]
+        source = _as_blocked(rewriter, held.source)
+        made = rewriter.builder_.call_te(tvm_bytes.quantize(held.grid), source)
+        made = rewriter.builder_.emit(made)
+        rewriter.bytes[value] = _Blocked(made, int(value.ty.shape[1]))
+    return rewriter.bytes[value].value
+
+
+def _on_bytes(rewriter: Any, binding: Any) -> Any:
+    """Note what a quantiser gives; a max pool of that, computed on bytes, as a plain tensor."""
+    value, builder = binding.value, rewriter.builder_
+    sizes = _sizes(value)
+    if sizes is None:
+        return None
+    if found := tvm_bytes.quantised_source(value, rewriter.bindings):
+        rewriter.quantised[binding.var] = _Quantised(found[1], found[0])
+    if getattr(getattr(value, "op", None), "name", "") != "relax.nn.max_pool2d":
+        return None
+    data = value.args[0]
+    if not _is_quantised(rewriter, data) or value.attrs.layout != "NCHW":
+        return None
+    pooled = builder.call_te(
+        _pooling(value.attrs, "max"), _as_bytes(rewriter, data), primfunc_name_hint="max_pool2d"
+    )
+    rewriter.quantised[binding.var] = _Quantised(rewriter.quantised[data].grid)
+    rewriter.bytes[binding.var] = _Blocked(builder.emit(pooled), sizes[0])
+    real = _Blocked(_as_blocked(rewriter, binding.var), sizes[0])
+    return _unblocked(builder, real, value.ty)
 
 
 # -- operators -----------------------------------------------------------------------------------
@@ -193,16 +272,15 @@ def _convolution(rewriter: Any, call: Any) -> _Blocked | None:
         dilation=_pair(attributes.dilation),
         padding=tuple(int(v) for v in attributes.padding),  # type: ignore[arg-type]  # four
     )
+    made = _integer_convolution(rewriter, constants, data, weight) if rewriter.dots else None
+    if made is not None:
+        return _Blocked(made, constants.outputs)
     narrow = constants.inputs < LANES and not constants.is_depthwise
     plain = narrow and data not in rewriter.blocked
     source = rewriter.visit_expr(data) if plain else _as_blocked(rewriter, data)
     builder = rewriter.builder_
 
-    def packed_weight(weight: Any) -> Any:
-        return pack(constants, weight)
-
-    packed = builder.call_te(packed_weight, rewriter.visit_expr(weight),
-                             primfunc_name_hint="conv2d_pack")  # fmt: skip
+    packed = _packed(builder, constants, rewriter.visit_expr(weight))
     made = builder.call_te(
         convolve(constants, rewriter.vectors),
         source,
@@ -211,6 +289,54 @@ def _convolution(rewriter: Any, call: Any) -> _Blocked | None:
         primfunc_attrs=ATTRIBUTES,
     )
     return _Blocked(made, constants.outputs)
+
+
+def _integer_convolution(
+    rewriter: Any, constants: Convolution, data: Any, weight: Any
+) -> Any:
+    """A convolution of bytes with int8 weights; None where one of its operands is not quantised."""
+    integers = tvm_bytes.quantised_weight(weight, rewriter.bindings, rewriter.parameters)
+    if integers is None or data not in rewriter.quantised or not tvm_bytes.is_exact(constants):
+        return None
+    builder, held = rewriter.builder_, rewriter.quantised[data]
+    constants = replace(constants, quad=INT8.depth)
+    narrow = constants.inputs < LANES and not constants.is_depthwise
+    if narrow and not _is_quantised(rewriter, data):
+        source = rewriter.visit_expr(held.source)
+        source = builder.emit(builder.call_te(tvm_bytes.quantize_words(held.grid), source))
+    else:
+        narrow, source = False, _as_bytes(rewriter, data)
+    sums = builder.call_te(
+        convolve(constants, rewriter.vectors, held.grid.word if narrow else held.grid.zero),
+        source,
+        builder.emit(_packed(builder, constants, rewriter.visit_expr(integers.integers))),
+        primfunc_name_hint="conv2d_depthwise_int8" if constants.is_depthwise else "conv2d_int8",
+        primfunc_attrs=ATTRIBUTES,
+    )
+    factors = _factors(rewriter, constants, held.grid, integers)
+    return builder.call_te(tvm_bytes.rescale, builder.emit(sums), *factors)
+
+
+def _factors(rewriter: Any, constants: Convolution, grid: Grid, weight: Weight) -> list[Any]:
+    """What is added to sums and what they are multiplied with; computed at load."""
+    from tvm import relax
+
+    builder = rewriter.builder_
+    scale = rewriter.visit_expr(weight.scale)
+    if scale.ty.ndim == 0:
+        scale = builder.emit(relax.op.full((constants.outputs,), scale))
+    made = (
+        builder.call_te(tvm_bytes.offsets(constants, grid), rewriter.visit_expr(weight.integers)),
+        builder.call_te(tvm_bytes.multipliers(constants, grid), scale),
+    )
+    return [builder.emit(value) for value in made]
+
+
+def _packed(builder: Any, constants: Convolution, weight: Any) -> Any:
+    def packed_weight(weight: Any) -> Any:
+        return pack(constants, weight)
+
+    return builder.call_te(packed_weight, weight, primfunc_name_hint="conv2d_pack")
 
 
 def _flat_convolution(rewriter: Any, call: Any) -> Any:
@@ -250,7 +376,7 @@ def _elementwise(rewriter: Any, call: Any) -> _Blocked | None:
     from tvm import relax
 
     tensors = [a for a in call.args if isinstance(a.ty, relax.TensorType) and a.ty.ndim > 0]
-    if not any(a in rewriter.blocked for a in tensors):
+    if not any(_is_blocked(rewriter, a) for a in tensors):
         return None
     sizes = _sizes(call)
     assert sizes is not None
@@ -276,12 +402,18 @@ def _operand(rewriter: Any, value: Any, result: list[int]) -> Any:
 
 
 def _pool(rewriter: Any, call: Any, kind: str) -> _Blocked | None:
-    from tvm import topi
-
     data, attributes = call.args[0], call.attrs
-    if data not in rewriter.blocked or attributes.layout != "NCHW":
+    if not _is_blocked(rewriter, data) or attributes.layout != "NCHW":
         return None
-    source = rewriter.blocked[data]
+    source = _as_blocked(rewriter, data)
+    made = rewriter.builder_.call_te(
+        _pooling(attributes, kind), source, primfunc_name_hint=f"{kind}_pool2d"
+    )
+    return _Blocked(made, int(data.ty.shape[1]))
+
+
+def _pooling(attributes: Any, kind: str) -> Callable[[Any], Any]:
+    from tvm import topi
 
     def pool(x: Any) -> Any:
         return topi.nn.pool2d(
@@ -296,8 +428,7 @@ def _pool(rewriter: Any, call: Any, kind: str) -> _Blocked | None:
             count_include_pad=bool(getattr(attributes, "count_include_pad", True)),
         )
 
-    made = rewriter.builder_.call_te(pool, source.value, primfunc_name_hint=f"{kind}_pool2d")
-    return _Blocked(made, source.channels)
+    return pool
 
 
 def _mean(rewriter: Any, call: Any) -> _Blocked | None:
@@ -305,12 +436,12 @@ def _mean(rewriter: Any, call: Any) -> _Blocked | None:
 
     data, attributes = call.args[0], call.attrs
     axes = attributes.axis
-    if data not in rewriter.blocked or axes is None or not attributes.keepdims:
+    if not _is_blocked(rewriter, data) or axes is None or not attributes.keepdims:
         return None
     if sorted(int(axis) % 4 for axis in axes) != [2, 3]:
         return None
-    source = rewriter.blocked[data]
-    return _Blocked(relax.op.mean(source.value, [2, 3], keepdims=True), source.channels)
+    source = _as_blocked(rewriter, data)
+    return _Blocked(relax.op.mean(source, [2, 3], keepdims=True), int(data.ty.shape[1]))
 
 
 def _concatenation(rewriter: Any, call: Any) -> _Blocked | None:
@@ -319,8 +450,9 @@ def _concatenation(rewriter: Any, call: Any) -> _Blocked | None:
     parts = call.args[0]
     if not isinstance(parts, relax.Tuple) or int(call.attrs.axis) % 4 != 1:
         return None
-    sources = [rewriter.blocked.get(part) for part in parts.fields]
-    if any(s is None or s.channels % LANES for s in sources):
+    channels = [int(part.ty.shape[1]) for part in parts.fields]
+    blocked = all(_is_blocked(rewriter, part) for part in parts.fields)
+    if not blocked or any(count % LANES for count in channels):
         return None
-    joined = relax.op.concat([s.value for s in sources if s is not None], 1)
-    return _Blocked(joined, sum(s.channels for s in sources if s is not None))
+    joined = relax.op.concat([_as_blocked(rewriter, part) for part in parts.fields], 1)
+    return _Blocked(joined, sum(channels))

@@ -10,7 +10,7 @@ what its loops want.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from pruna_ir.backends.tvm_blocked import block_convolutions
+from pruna_ir.backends.tvm_dot import INT8, multiplied
 from pruna_ir.backends.tvm_import import Imported
 from pruna_ir.backends.tvm_products import legalize_matmul
 from pruna_ir.backends.tvm_reductions import legalize_layer_norm, legalize_softmax
@@ -68,6 +69,11 @@ def host_target(cpu: str = "") -> Any:
     )
 
 
+def has_dots(cpu: str = "") -> bool:
+    """Whether a processor, this machine's by default, has instructions that multiply bytes."""
+    return INT8.is_covered(_features(host_target(cpu)))
+
+
 def build(imported: Imported, program: Program, folder: Path, cpu: str = "") -> dict[str, str]:
     """Compile and write the artifact's files; returns why functions keep TVM's loops, by name.
 
@@ -80,7 +86,7 @@ def build(imported: Imported, program: Program, folder: Path, cpu: str = "") -> 
     try:
         features = _features(target)
         with target:
-            optimized = _optimization(features)(imported.module)
+            optimized = _optimization(features, imported.parameters)(imported.module)
             module, unscheduled = schedule_module(optimized, features)
         executable = tvm.compile(module, target=target, relax_pipeline=_lowering())
         executable.export_library(str(folder / LIBRARY))
@@ -103,7 +109,9 @@ def _features(target: Any) -> Callable[[str], bool]:
     return lambda name: bool(tvm.target.codegen.target_has_features(name, target))
 
 
-def _optimization(features: Callable[[str], bool]) -> Any:
+def _optimization(
+    features: Callable[[str], bool], parameters: Mapping[str, np.ndarray[Any, Any]]
+) -> Any:
     """Operators to loops, weight preparation apart, neighbours fused."""
     import tvm
     from tvm import relax
@@ -116,7 +124,7 @@ def _optimization(features: Callable[[str], bool]) -> Any:
             relax.backend.DispatchSortScan(),
             t.DecomposeOpsForInference(),
             t.CanonicalizeBindings(),
-            _blocking(features),
+            _blocking(features, parameters),
             t.LegalizeOps(
                 {
                     "relax.matmul": legalize_matmul,
@@ -135,11 +143,13 @@ def _optimization(features: Callable[[str], bool]) -> Any:
     )
 
 
-def _blocking(features: Callable[[str], bool]) -> Any:
+def _blocking(
+    features: Callable[[str], bool], parameters: Mapping[str, np.ndarray[Any, Any]]
+) -> Any:
     import tvm
 
     def blocked(module: Any, _: Any) -> Any:
-        return block_convolutions(module, features) if covers(features) else module
+        return block_convolutions(module, features, parameters) if covers(features) else module
 
     return tvm.transform.module_pass(blocked, opt_level=0, name="BlockConvolutions")
 
@@ -185,8 +195,9 @@ def _kernels(module: Any) -> Iterator[CompiledKernel]:
             kind = next((kind for word, kind in _KINDS if word in name), "")
             if kind == "matmul" and any(a in weights and a.ty.ndim > 1 for a in value.args[1]):
                 kind = "linear"
-            precision = _precision(kind, types, value.ty)
-            widths = {stored[a] for a in value.args[1] if a in stored}
+            whole = multiplied(module[value.args[0]])
+            precision = whole or _precision(kind, types, value.ty)
+            widths = {stored[a] for a in value.args[1] if a in stored} if not whole else set()
             detail = f"{min(widths)} weights, expanded to {precision} at load" if widths else ""
             yield CompiledKernel(name, kind or _first_operator(name), precision, detail)
 

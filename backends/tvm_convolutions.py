@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pruna_ir.backends.tvm_dot import INT8, dot, word
 from pruna_ir.backends.tvm_loops import LANES, extent
 
 ACCUMULATE, PAD = "conv2d_blocked", "conv2d_pad"
@@ -37,6 +38,7 @@ class Convolution:
         outputs: channels of the result.
         kernel: height and width of the window.
         padding: top, left, bottom, right.
+        quad: input channels that one multiplication takes: 1, or as many as a dot product.
     """
 
     inputs: int
@@ -46,6 +48,7 @@ class Convolution:
     strides: tuple[int, int]
     dilation: tuple[int, int]
     padding: tuple[int, int, int, int]
+    quad: int = 1
 
     @property
     def is_depthwise(self) -> bool:
@@ -60,14 +63,18 @@ class Convolution:
     @property
     def merged(self) -> int:
         """How many groups are computed as one."""
-        each = self.outputs // self.groups
-        fitting = (m for m in _divisors(self.groups) if each * m % LANES == 0)
+        inputs, outputs = self.inputs // self.groups, self.outputs // self.groups
+        fitting = (
+            m
+            for m in _divisors(self.groups)
+            if outputs * m % LANES == inputs * m % self.quad == 0
+        )
         return next(fitting, self.groups)
 
     @property
     def depth(self) -> int:
-        """Input channels that one block of outputs reads."""
-        return self.inputs // self.groups * self.merged
+        """Input channels that one block of outputs reads, filled up to a multiple of `quad`."""
+        return -(-self.inputs // self.groups * self.merged // self.quad) * self.quad
 
     @property
     def step(self) -> int:
@@ -140,7 +147,10 @@ def accumulators(features: Callable[[str], bool]) -> int:
 
 
 def pack(convolution: Convolution, weight: Any) -> Any:
-    """Weights [O, I/groups, kh, kw] as [O/16, I/b, kh, kw, b, 16] (depthwise: no I, no b)."""
+    """Weights [O, I/groups, kh, kw] as [O/16, I/b, kh, kw, b, 16] (depthwise: no I, no b).
+
+    Those of dot products are words of `quad` weights each, [O/16, I/b, kh, kw, b/quad, 16].
+    """
     from tvm import te, tirx
 
     kh, kw = convolution.kernel
@@ -149,29 +159,43 @@ def pack(convolution: Convolution, weight: Any) -> Any:
     def depthwise(block: Any, y: Any, x: Any, lane: Any) -> Any:
         channel = block * LANES + lane
         inside = channel < convolution.outputs
-        return tirx.if_then_else(inside, weight[channel, 0, y, x], zero)
+        value = tirx.if_then_else(inside, weight[channel, 0, y, x], zero)
+        return value.astype("int32") if convolution.quad > 1 else value
 
     if convolution.is_depthwise:
         return te.compute((convolution.blocks, kh, kw, LANES), depthwise, name=_PACK)
-    step, merged = convolution.step, convolution.merged
-    each = convolution.inputs // convolution.groups
-    per_group = convolution.outputs // convolution.groups
+    step, quad = convolution.step, convolution.quad
 
     def element(block: Any, outer: Any, y: Any, x: Any, inner: Any, lane: Any) -> Any:
-        channel, source = block * LANES + lane, outer * step + inner
-        inside = channel < convolution.outputs
-        if merged > 1:
-            own = tirx.floormod(tirx.floordiv(channel, per_group), merged)
-            inside = tirx.all(inside, tirx.floordiv(source, each) == own)
-        value = weight[channel, tirx.floormod(source, each), y, x]
-        return tirx.if_then_else(inside, value, zero)
+        first, channel = outer * step + inner * quad, block * LANES + lane
+        values = [_weight(convolution, weight, channel, first + i, y, x) for i in range(quad)]
+        return word(values) if quad > 1 else values[0]
 
-    shape = (convolution.blocks, convolution.depth // step, kh, kw, step, LANES)
+    shape = (convolution.blocks, convolution.depth // step, kh, kw, step // quad, LANES)
     return te.compute(shape, element, name=_PACK)
 
 
-def _padded(convolution: Convolution, data: Any, columns: int) -> Any:
-    """The data with zeros around it, wide enough for that many columns of the result."""
+def _weight(
+    convolution: Convolution, weight: Any, channel: Any, source: Any, y: Any, x: Any
+) -> Any:
+    """The weight of an output channel for the input channel ``source`` of its block; else 0."""
+    from tvm import tirx
+
+    merged = convolution.merged
+    each = convolution.inputs // convolution.groups
+    inside = channel < convolution.outputs
+    if convolution.depth > each * merged:
+        inside = tirx.all(inside, source < each * merged)
+    if merged > 1:
+        per_group = convolution.outputs // convolution.groups
+        own = tirx.floormod(tirx.floordiv(channel, per_group), merged)
+        inside = tirx.all(inside, tirx.floordiv(source, each) == own)
+    value = weight[channel, tirx.floormod(source, each), y, x]
+    return tirx.if_then_else(inside, value, tirx.const(0, weight.dtype))
+
+
+def _padded(convolution: Convolution, data: Any, columns: int, zero: int) -> Any:
+    """The data with ``zero`` around it, wide enough for that many columns of the result."""
     from tvm import te, tirx
 
     top, left, bottom, right = convolution.padding
@@ -187,17 +211,22 @@ def _padded(convolution: Convolution, data: Any, columns: int) -> Any:
     def element(n: Any, c: Any, y: Any, x: Any, *lane: Any) -> Any:
         inside = tirx.all(y >= top, y < height + top, x >= left, x < width + left)
         value = data[(n, c, y - top, x - left, *lane)]
-        return tirx.if_then_else(inside, value, tirx.const(0, data.dtype))
+        return tirx.if_then_else(inside, value, tirx.const(zero, data.dtype))
 
     return te.compute(shape, element, name=PAD)
 
 
-def convolve(convolution: Convolution, vectors: int) -> Callable[[Any, Any], Any]:
+def convolve(
+    convolution: Convolution, vectors: int, zero: int = 0
+) -> Callable[[Any, Any], Any]:
     """The computation of a convolution of data, [n, C/16, H, W, 16] or [n, C, H, W], and weights.
+
+    Dot products read bytes, [n, C/16, H, W, 16], or words of `quad` channels, [n, C/quad, H, W].
 
     Args:
         convolution: its constants.
         vectors: how many accumulators the registers hold.
+        zero: the element of the data that stands for 0.
     """
     from tvm import te
 
@@ -206,7 +235,7 @@ def convolve(convolution: Convolution, vectors: int) -> Callable[[Any, Any], Any
         width = convolution.size(1, int(data.shape[3]))
         held = tile(_tiled_blocks(convolution), width, vectors)
         columns = -(-width // held.columns) * held.columns
-        source = _padded(convolution, data, columns)
+        source = _padded(convolution, data, columns, zero)
         axes, product = _product(convolution, source, packed)
         shape = (data.shape[0], convolution.blocks, rows, columns, LANES)
         accumulated = te.compute(
@@ -237,7 +266,8 @@ def _product(
 
     (kh, kw), step = convolution.kernel, convolution.step
     (sy, sx), (dy, dx) = convolution.strides, convolution.dilation
-    sizes = {"outer": convolution.depth // step, "ky": kh, "kx": kw, "inner": step}
+    quad = convolution.quad
+    sizes = {"outer": convolution.depth // step, "ky": kh, "kx": kw, "inner": step // quad}
     if convolution.is_depthwise:
         sizes = {"ky": kh, "kx": kw}
     axes = {name: te.reduce_axis((0, size), name) for name, size in sizes.items() if size > 1}
@@ -246,16 +276,18 @@ def _product(
 
     def depthwise(n: Any, o: Any, y: Any, x: Any, lane: Any) -> Any:
         row, column = y * sy + at["ky"] * dy, x * sx + at["kx"] * dx
-        return source[n, o, row, column, lane] * packed[o, at["ky"], at["kx"], lane]
+        value, weight = source[n, o, row, column, lane], packed[o, at["ky"], at["kx"], lane]
+        return dot(INT8, value.astype("int32"), weight) if quad > 1 else value * weight
 
     def element(n: Any, o: Any, y: Any, x: Any, lane: Any) -> Any:
-        channel = convolution.first_channel(o) + at["outer"] * step + at["inner"]
+        channel = convolution.first_channel(o) + at["outer"] * step + at["inner"] * quad
         row, column = y * sy + at["ky"] * dy, x * sx + at["kx"] * dx
         if len(source.shape) == 4:
-            value = source[n, channel, row, column]
+            value = source[n, channel // quad, row, column]
         else:
             value = source[n, channel // LANES, row, column, channel % LANES]
-        return value * packed[o, at["outer"], at["ky"], at["kx"], at["inner"], lane]
+        weight = packed[o, at["outer"], at["ky"], at["kx"], at["inner"], lane]
+        return dot(INT8, value, weight) if quad > 1 else value * weight
 
     return list(axes.values()), depthwise if convolution.is_depthwise else element
 

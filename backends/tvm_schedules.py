@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pruna_ir.backends import tvm_convolutions, tvm_products, tvm_reductions
+from pruna_ir.backends.tvm_dot import with_dots
 from pruna_ir.backends.tvm_functions import with_arithmetic
 from pruna_ir.backends.tvm_loops import LANES, extent
 
@@ -160,7 +161,7 @@ def schedule_module(module: Any, features: Callable[[str], bool]) -> tuple[Any, 
         except s_tir.ScheduleError:
             kept[name.name_hint] = "a rule does not fit its loops"
             continue
-        result.update_func(name, with_arithmetic(scheduled))
+        result.update_func(name, with_arithmetic(with_dots(scheduled)))
         if not product and _is_product(name.name_hint, function):
             kept[name.name_hint] = "no rule covers its operator at these shapes"
     return result, dict(sorted(kept.items()))

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/kernel_speed.py                             # all networks, two cores
     python tests/benchmarks/kernel_speed.py --threads 1 --models resnet18 --compile --default
+    python tests/benchmarks/kernel_speed.py --precision int8 --models resnet18 resnet50
 
 Networks as in ``quantized_speed.py``, batch 1, random weights. For each one table: our TVM
 artifact, OpenVINO with ``INFERENCE_PRECISION_HINT=f32``, ONNX Runtime and torch eager; with
@@ -12,6 +13,10 @@ ratio to OpenVINO is the median over rounds. The roofline is the network's FLOPs
 over the peak that a float32 product of 1536 x 1536 matrices reaches on the same threads. Exits 1
 where ours takes more than ``BOUNDS`` times as long as OpenVINO, or ResNet-50 compiles in 60 s or
 more.
+
+With ``--precision int8`` our TVM artifacts of the float32 and of the quantised program, and those
+of OpenVINO and ONNX Runtime, each quantised for its target, in turns; ratios are to our float32.
+Exits 1 where ours gains less than ``GAINS``.
 """
 
 from __future__ import annotations
@@ -21,11 +26,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from quantized_speed import MODELS, Network, network
+from quantized_speed import MODELS, Network, network, quantised
 from torch.utils.flop_counter import FlopCounterMode
 
 from pruna_ir.backends.tvm_build import host_target
@@ -38,6 +44,8 @@ NETWORKS = (MODELS[0], "resnet50", *MODELS[1:])
 BOUNDS = {"resnet18": 1.25, "resnet50": 1.25}
 """The longest time of ours, in OpenVINO's."""
 BOUND = 1.5
+GAINS = {"resnet18": 2.5, "resnet50": 2.5}
+"""The least ratio of int8 to float32 on TVM; 1 for other networks."""
 COMPILE_BOUND_S = 60.0
 _SIDE = 1536
 
@@ -118,6 +126,18 @@ def candidates(
     return calls, seconds
 
 
+def quantised_candidates(
+    net: Network, folder: Path, threads: int
+) -> dict[str, Callable[[], object]]:
+    """Our float32 artifact first, then every target's int8 one beside its float32 one."""
+    calls = {}
+    for target in ("tvm", "openvino", "onnx"):
+        calls[f"{target} float32"] = _artifact(net, target, folder, threads)
+        small = replace(net, program=quantised(net, target, ""))
+        calls[f"{target} int8"] = _artifact(small, target, folder / "int8", threads)
+    return calls
+
+
 # -- measuring ------------------------------------------------------------------------------------
 
 
@@ -143,6 +163,21 @@ def compare(name: str, arguments: argparse.Namespace) -> list[str]:
     return missed
 
 
+def compare_quantised(name: str, arguments: argparse.Namespace) -> list[str]:
+    """Print one network's rows in int8; whether ours gains too little."""
+    net = network(name, 8)
+    with tempfile.TemporaryDirectory() as folder:
+        calls = quantised_candidates(net, Path(folder), arguments.threads)
+        found = measure(calls, repeats=arguments.rounds, budget_s=arguments.budget, warmup=3,
+                        settle=2)  # fmt: skip
+    print(f"{name}: batch 1, {arguments.threads} threads; ratios to our float32")
+    for engine, taken in found.items():
+        print(f"  {engine:<17} {taken.p50:8.2f} ms  {taken.speedup:5.2f}x  "
+              f"({taken.rounds} rounds)", flush=True)  # fmt: skip
+    gain, least = found["tvm int8"].speedup, GAINS.get(name, 1.0)
+    return [f"{name}: int8 gains {gain:.2f}x, at least {least}x"] if gain < least else []
+
+
 def _row(engine: str, taken: Latency, work: float, highest: float) -> str:
     rate = work / (taken.p50 / 1e3)
     return (
@@ -160,8 +195,10 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=20.0, help="seconds a network")
     parser.add_argument("--compile", action="store_true", help="torch.compile as well")
     parser.add_argument("--default", action="store_true", help="TVM's own schedules as well")
+    parser.add_argument("--precision", default="float32", choices=["float32", "int8"])
     arguments = parser.parse_args()
-    missed = [line for name in arguments.models for line in compare(name, arguments)]
+    compared = compare_quantised if arguments.precision == "int8" else compare
+    missed = [line for name in arguments.models for line in compared(name, arguments)]
     for line in missed:
         print(f"missed: {line}")
     sys.exit(1 if missed else 0)
