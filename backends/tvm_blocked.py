@@ -24,9 +24,12 @@ from typing import Any
 from pruna_ir.backends.tvm_convolutions import (
     ATTRIBUTES,
     Convolution,
+    Place,
+    Tile,
     accumulators,
     convolve,
     pack,
+    rule,
 )
 from pruna_ir.backends.tvm_loops import LANES
 
@@ -52,16 +55,21 @@ class _Blocked:
     channels: int
 
 
-def block_convolutions(module: Any, features: Callable[[str], bool]) -> Any:
+def block_convolutions(
+    module: Any,
+    features: Callable[[str], bool],
+    choose: Callable[[Place, int], Tile] = rule,
+) -> Any:
     """The module with its convolutions on blocked tensors.
 
     Args:
         module: a ``tvm.IRModule`` whose ``main`` is one dataflow block over Relax operators.
         features: whether the processor has an instruction set, by LLVM's name.
+        choose: the register tile of a convolution.
     """
     from tvm import relax
 
-    rewriter = relax.expr_functor.mutator(_rewriter())(module, accumulators(features))
+    rewriter = relax.expr_functor.mutator(_rewriter())(module, accumulators(features), choose)
     module = rewriter.rewritten(module)
     return relax.transform.DeadCodeElimination(["main"])(module)
 
@@ -71,9 +79,10 @@ def _rewriter() -> Any:
     from tvm import relax
 
     class Rewriter(relax.PyExprMutator):  # type: ignore[misc]  # TVM is untyped
-        def __init__(self, module: Any, vectors: int) -> None:
+        def __init__(self, module: Any, vectors: int, choose: Callable[..., Tile]) -> None:
             super().__init__(module)
             self.vectors = vectors
+            self.choose = choose
             self.blocked: dict[Any, _Blocked] = {}
 
         def rewritten(self, module: Any) -> Any:
@@ -204,7 +213,7 @@ def _convolution(rewriter: Any, call: Any) -> _Blocked | None:
     packed = builder.call_te(packed_weight, rewriter.visit_expr(weight),
                              primfunc_name_hint="conv2d_pack")  # fmt: skip
     made = builder.call_te(
-        convolve(constants, rewriter.vectors),
+        convolve(constants, rewriter.vectors, rewriter.choose),
         source,
         builder.emit(packed),
         primfunc_name_hint="conv2d_depthwise" if constants.is_depthwise else "conv2d",
