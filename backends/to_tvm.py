@@ -104,10 +104,8 @@ class ToTvm:
         if find_spec("tvm") is None:
             missing = "TVM is not installed; pip install 'pruna-ir[tvm]'"
             return Availability(build=missing, execute=missing)
-        if self.device == "cpu":
-            return Availability(build=_linker_missing())
-        build = _linker_missing() or tvm_gpu.generator_missing()
-        return Availability(build, "" if torch.cuda.is_available() else NO_DEVICE)
+        runs = self.device == "cpu" or torch.cuda.is_available()
+        return Availability(build=_linker_missing(), execute="" if runs else NO_DEVICE)
 
     def unsupported(self, program: Program) -> list[Offender]:
         """Every node that TVM's importer cannot translate, after decomposition to core ATen."""
@@ -123,14 +121,16 @@ class ToTvm:
         """
         if missing := self.availability().build:
             raise ToolchainError(missing)
+        target = self._target()
         context.progress("tvm: import", 0, 2)
         imported = tvm_import.import_program(program)
-        target = self._target()
         tiles = self._tiles(imported, target, folder, context)
         context.progress("tvm: compile", 1, 2)
         unscheduled = tvm_build.build(imported, program, folder, target, tiles)
         context.progress("tvm: compile", 2, 2)
         told = _without_schedules(unscheduled, str(target))
+        if self.device == "cuda" and (missing := tvm_gpu.compiler_missing()):
+            told += (missing,)
         for text in told:
             warnings.warn(text, RuntimeWarning, stacklevel=2)
         own = tvm_build.SCHEDULES if self.device == "cpu" else tvm_gpu.SCHEDULES
@@ -154,11 +154,6 @@ class ToTvm:
             if self.arch:
                 raise UsageError("tvm: arch names a GPU's architecture; give device=cuda with it")
             return host
-        if not tvm_gpu.has_generator():
-            raise ToolchainError(
-                "the installed TVM has no code generator for CUDA; install a build of TVM with "
-                "USE_CUDA (the apache-tvm wheel for Linux on x86-64 is one)"
-            )
         if self.tune or self.records:
             raise UsageError("tvm: tune and records are for device=cpu; TVM schedules GPUs itself")
         return tvm_gpu.gpu_target(self.arch, host)

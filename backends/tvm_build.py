@@ -100,6 +100,8 @@ def build(
         module, unscheduled = _scheduled(imported.module, target, tiles or Tiles())
         executable = tvm.compile(module, target=target, relax_pipeline=_lowering())
         executable.export_library(str(folder / LIBRARY))
+        if target.kind.name == "cuda" and not tvm_gpu.compiler_missing():
+            (folder / tvm_gpu.CODE).write_bytes(tvm_gpu.machine_code(executable, target))
     except UsageError:
         raise
     except Exception as error:

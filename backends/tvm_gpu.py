@@ -2,8 +2,10 @@
 
     legalize -> lift weight preparation -> fuse -> dlight: matmul, GEMV, reduction, fallback
 
-Code for CUDA is generated with NVRTC or nvcc, which need no GPU; running it needs one. What the
-installed TVM has no code generator for is refused, with what would bring one.
+Generating code needs no GPU. Where there is none, TVM puts the kernels' CUDA source into the
+library, which NVRTC compiles when the artifact is loaded beside a GPU. Where nvcc is installed, it
+compiles the source at build time too, so that source which does not compile is no artifact;
+``kernels.cubin`` holds the result for a look. A TVM without a code generator is refused.
 
 Limits: float32 and the grids of quantised programs as TVM's operators compute them; no schedule of
 ours, no tensor cores, no cuDNN.
@@ -11,14 +13,15 @@ ours, no tensor cores, no cuDNN.
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pruna_ir.backends.tvm_runtime import ENTRY, TRANSFORM
+from pruna_ir.errors import ToolchainError
 
+CODE = "kernels.cubin"
 SCHEDULES = "TVM's own for GPUs (dlight)"
 ARCH = "sm_80"
 """The architecture to compile for where none is given and there is no device."""
@@ -30,44 +33,29 @@ _ATTRIBUTES: Mapping[str, int] = {
 """Limits that every CUDA device since SM30 has, without asking a device."""
 
 
-def gpu_target(arch: str, host: Any) -> Any:
-    """A CUDA target.
+def gpu_target(arch: str, host: Any, kind: str = "cuda") -> Any:
+    """A GPU as a target.
 
     Args:
         arch: such as ``sm_89``; empty for the device at hand, and for `ARCH` without one.
         host: the LLVM target of the code around the kernels.
+        kind: TVM's name of the code generator.
+
+    Raises:
+        ToolchainError: the installed TVM has no such code generator.
     """
     import tvm
 
-    device = tvm.cuda(0)
+    if tvm.get_global_func(f"target.build.{kind}", allow_missing=True) is None:
+        raise ToolchainError(
+            f"the installed TVM has no code generator for {kind}; install a TVM that was built "
+            f"with USE_{kind.upper()}=ON (for cuda, apache-tvm on PyPI for Linux is one)"
+        )
+    device = tvm.device(kind, 0)
     if not arch:
         present = device.compute_version if device.exist else ""
         arch = f"sm_{present.replace('.', '')}" if present else ARCH
-    return tvm.target.Target({"kind": "cuda", "arch": arch, **_ATTRIBUTES}, host=host)
-
-
-def generator_missing() -> str:
-    """Why no CUDA code can be generated here; empty where it can.
-
-    TVM compiles with NVRTC through cuda-bindings, or with nvcc where TVM_CUDA_COMPILE_MODE says
-    so; whether its library holds the generator at all is known only when it is loaded.
-    """
-    if os.environ.get("TVM_CUDA_COMPILE_MODE", "nvrtc").lower() == "nvcc":
-        found = shutil.which("nvcc") is not None
-        return "" if found else "TVM_CUDA_COMPILE_MODE is nvcc, and nvcc is not on PATH"
-    if find_spec("cuda") is not None and find_spec("cuda.bindings") is not None:
-        return ""
-    return (
-        "compiling CUDA code needs NVRTC: pip install cuda-bindings nvidia-cuda-nvrtc, or install "
-        "the CUDA toolkit and set TVM_CUDA_COMPILE_MODE=nvcc"
-    )
-
-
-def has_generator() -> bool:
-    """Whether the installed TVM library holds a CUDA code generator."""
-    import tvm
-
-    return tvm.get_global_func("target.build.cuda", allow_missing=True) is not None
+    return tvm.target.Target({"kind": kind, "arch": arch, **_ATTRIBUTES}, host=host)
 
 
 def scheduled(module: Any, target: Any) -> Any:
@@ -95,8 +83,8 @@ def scheduled(module: Any, target: Any) -> Any:
             dlight.ApplyDefaultSchedule(
                 dlight.gpu.Matmul(),
                 dlight.gpu.GEMV(),
-                dlight.gpu.Reduction(),
-                dlight.gpu.GeneralReduction(),
+                _Lowerable(dlight.gpu.Reduction()),
+                _Lowerable(dlight.gpu.GeneralReduction()),
                 dlight.gpu.Fallback(),
             ),
         ]
@@ -105,6 +93,68 @@ def scheduled(module: Any, target: Any) -> Any:
         return steps(module)
 
 
+def compiler_missing() -> str:
+    """Why the kernels' source cannot be compiled while building; empty where it can."""
+    if shutil.which("nvcc"):
+        return ""
+    return (
+        "tvm: nvcc is not on PATH, so the kernels' CUDA source was not compiled here; it is "
+        "compiled when the artifact is loaded beside a GPU"
+    )
+
+
+def machine_code(executable: Any, target: Any) -> bytes:
+    """What nvcc makes of the kernels of a compiled module for the target's architecture.
+
+    Raises:
+        RuntimeError: nvcc refuses the source or the architecture.
+    """
+    from tvm.support import nvcc
+
+    with target:
+        parts = [
+            nvcc.compile_cuda(source, target_format="cubin", compiler="nvcc")
+            for source in _sources(executable.mod)
+        ]
+    return b"".join(bytes(part) for part in parts)
+
+
+def _sources(module: Any) -> Iterator[str]:
+    """The CUDA source of a runtime module and what it imports."""
+    if module.kind == "cuda":
+        yield str(module.inspect_source("cuda"))
+    for imported in module.imports:
+        yield from _sources(imported)
+
+
+@dataclass(frozen=True)
+class _Lowerable:
+    """A rule of TVM's, where what it makes can be lowered; elsewhere the next rule is asked.
+
+    ``Reduction`` takes a grouped convolution with an epilogue, and TVM then refuses its loops
+    ("reduction-related loops ... are not the deepest").
+    """
+
+    rule: Any
+
+    def apply(self, function: Any, target: Any, tunable: bool) -> Any:
+        """The schedule, or None."""
+        import tvm
+        from tvm import s_tir
+
+        made = self.rule.apply(function, target, tunable)
+        if made is None:
+            return None
+        t = s_tir.transform
+        steps = tvm.transform.Sequential([t.CanonicalizeLoop(), t.LowerCrossThreadReduction()])
+        for schedule in made if isinstance(made, list) else [made]:
+            try:
+                steps(schedule.mod)
+            except ValueError:
+                return None
+        return made
+
+
 __all__: Sequence[str] = (
-    "ARCH", "SCHEDULES", "generator_missing", "gpu_target", "has_generator", "scheduled",
+    "ARCH", "CODE", "SCHEDULES", "compiler_missing", "gpu_target", "machine_code", "scheduled",
 )  # fmt: skip

@@ -77,7 +77,8 @@ def tune(
     """
     _check_runs_here(target)
     start = time.perf_counter()
-    order = sorted(tiles.unmeasured(), key=lambda o: -_work(o) * tiles.calls[o])
+    open_ = [o for o in tiles.unmeasured() if len(tiles.candidates[o]) > 1]
+    order = sorted(open_, key=lambda o: -_work(o) * tiles.calls[o])
     records: list[Record] = []
     for done, operator in enumerate(order):
         progress("tvm: tune", done, len(order))
