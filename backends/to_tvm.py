@@ -1,8 +1,8 @@
 """The tvm backend: a shared library that runs without torch (Apache TVM, Relax).
 
-Files of an artifact: ``model.so``, ``parameters.npz``, ``model.json`` (see
-`pruna_ir.backends.tvm_runtime`, which loads them with numpy and TVM alone) and ``kernels.json``
-(what the compiler put into the library).
+Files of an artifact: ``model.so``, ``parameters.npz``, ``model.json`` and ``load.py``, which loads
+them with numpy and TVM's runtime alone (it is `pruna_ir.backends.tvm_runtime`); ``kernels.json``
+(what the compiler put into the library) and, where tiles were measured, ``tuning.json``.
 
 Dynamic dimensions stay dynamic. Quantised programs store int8 weights. Where the processor has
 AVX512-VNNI their convolutions multiply bytes, and what lies between them is stored in bytes; where
@@ -10,7 +10,8 @@ it has not, and where an operand has a zero point for each channel or a weight o
 they compute in float32 between quantize and dequantize. The audit tells which.
 
 Limits: linking needs a C or C++ compiler; code is compiled for one processor, this machine's
-unless ``cpu`` names another as LLVM does (``x86-64-v3``, ``znver4``).
+unless ``cpu`` names another as LLVM does (``x86-64-v3``, ``znver4``), or for a GPU with TVM's own
+schedules.
 """
 
 from __future__ import annotations
@@ -24,17 +25,26 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
+import torch
 
-from pruna_ir.backends import tvm_build, tvm_import, tvm_runtime
-from pruna_ir.errors import LoweringError, ToolchainError
+from pruna_ir.backends import (
+    tvm_build,
+    tvm_gpu,
+    tvm_import,
+    tvm_runtime,
+    tvm_tiles,
+    tvm_tuning,
+)
+from pruna_ir.errors import LoweringError, ToolchainError, UsageError
 from pruna_ir.lowering import Availability, KernelRow, LoadOptions, Lowered, Offender
 from pruna_ir.program import Program
 from pruna_ir.quantization import U8_ASYMMETRIC, QuantScheme, fake_quant_op
 from pruna_ir.transform import API_VERSION, Context
 
+NO_DEVICE = "no CUDA device; the artifact runs on an NVIDIA GPU with its driver"
 _SHOWN = 8
 _FLOATS = (
     "tvm: quantised convolutions multiply float32: {cpu} has no AVX512-VNNI, which multiplies bytes"
@@ -68,12 +78,24 @@ class ToTvm:
 
     Attributes:
         cpu: the processor to compile for, as LLVM names it; empty for this machine's.
+        device: ``cpu``, or ``cuda`` for a GPU of NVIDIA's.
+        arch: the GPU's architecture, such as ``sm_89``; empty for the device at hand, and for
+            sm_80 without one.
+        tune: seconds to spend on measuring which register tiles are the fastest here; 0 takes
+            the rule's.
+        records: a ``tuning.json`` whose tiles are used; what it does not hold is by rule, or
+            measured where ``tune`` is given.
     """
 
     cpu: str = ""
+    device: Literal["cpu", "cuda"] = "cpu"
+    arch: str = ""
+    tune: float = 0.0
+    records: str = ""
 
     name: ClassVar[str] = "tvm"
     api_version: ClassVar[int] = API_VERSION
+    variants: ClassVar[tuple[str, ...]] = ("device=cuda",)
     zeros: ClassVar[Mapping[str, str]] = {"": "dense speed: zeros are multiplied like any number"}
     # The identity of a residual add is read from memory: as bytes it is a quarter. What only
     # average pools and float operators read stays float, and max pools carry bytes by themselves.
@@ -87,7 +109,8 @@ class ToTvm:
         if find_spec("tvm") is None:
             missing = "TVM is not installed; pip install 'pruna-ir[tvm]'"
             return Availability(build=missing, execute=missing)
-        return Availability(build=_linker_missing())
+        runs = self.device == "cpu" or torch.cuda.is_available()
+        return Availability(build=_linker_missing(), execute="" if runs else NO_DEVICE)
 
     def unsupported(self, program: Program) -> list[Offender]:
         """Every node that TVM's importer cannot translate, after decomposition to core ATen."""
@@ -101,29 +124,63 @@ class ToTvm:
             UnsupportedError: TVM has no translation of some nodes.
             LoweringError: TVM cannot import or compile the program.
         """
-        if missing := _linker_missing():
+        if missing := self.availability().build:
             raise ToolchainError(missing)
+        target = self._target()
         context.progress("tvm: import", 0, 2)
         imported = tvm_import.import_program(program)
+        tiles = self._tiles(imported, target, folder, context)
         context.progress("tvm: compile", 1, 2)
-        unscheduled = tvm_build.build(imported, program, folder, self.cpu)
+        unscheduled = tvm_build.build(imported, program, folder, target, tiles)
         context.progress("tvm: compile", 2, 2)
-        told = _without_schedules(unscheduled, str(tvm_build.host_target(self.cpu)))
-        if _is_quantised(program) and not tvm_build.has_dots(self.cpu):
-            told = (*told, _FLOATS.format(cpu=tvm_build.host_target(self.cpu).attrs["mcpu"]))
+        told = _without_schedules(unscheduled, str(target))
+        if self.device == "cuda":
+            missing = tvm_gpu.compiler_missing()
+            told += (missing,) if missing else ()
+        elif _is_quantised(program) and not tvm_build.has_dots(target):
+            told += (_FLOATS.format(cpu=target.attrs["mcpu"]),)
         for text in told:
             warnings.warn(text, RuntimeWarning, stacklevel=2)
+        own = tvm_build.SCHEDULES if self.device == "cpu" else tvm_gpu.SCHEDULES
         return Lowered(
             main=tvm_runtime.MODEL,
             tool_versions={"apache-tvm": version("apache-tvm"), "torch": version("torch")},
             facts={
-                "schedules": tvm_build.SCHEDULES,
+                "schedules": own,
                 "tvm-default-schedules": list(unscheduled),
-                "target": str(tvm_build.host_target(self.cpu)),
+                "tiles": tiles.counts(),
+                "target": str(target),
                 "stored-parameter-bytes": sum(p.nbytes for p in imported.parameters.values()),
             },
             warnings=told,
         )
+
+    def _target(self) -> Any:
+        """What to compile for."""
+        host = tvm_build.host_target(self.cpu)
+        if self.device == "cpu":
+            if self.arch:
+                raise UsageError("tvm: arch names a GPU's architecture; give device=cuda with it")
+            return host
+        if self.tune or self.records:
+            raise UsageError("tvm: tune and records are for device=cpu; TVM schedules GPUs itself")
+        return tvm_gpu.gpu_target(self.arch, host)
+
+    def _tiles(
+        self, imported: tvm_import.Imported, target: Any, folder: Path, context: Context
+    ) -> tvm_tiles.Tiles:
+        """The register tiles: measured, recorded or by rule."""
+        known = (
+            tvm_tiles.read_records(Path(self.records), str(target)) if self.records else []
+        )
+        if self.tune > 0:
+            asked = tvm_tiles.Tiles(known)
+            tvm_build.optimized(imported, target, asked)
+            known = [*known, *tvm_tuning.tune(asked, target, self.tune, context.progress)]
+        tiles = tvm_tiles.Tiles(known)
+        if known:
+            tvm_tiles.write_records(folder / tvm_tiles.RECORDS, known, str(target))
+        return tiles
 
     def load(self, folder: Path, options: LoadOptions) -> _Runner:
         """Load an artifact to run it.

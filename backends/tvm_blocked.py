@@ -28,9 +28,12 @@ from pruna_ir.backends.tvm_bytes import Grid, Weight
 from pruna_ir.backends.tvm_convolutions import (
     ATTRIBUTES,
     Convolution,
+    Place,
+    Tile,
     accumulators,
     convolve,
     pack,
+    rule,
 )
 from pruna_ir.backends.tvm_dot import INT8
 from pruna_ir.backends.tvm_loops import LANES
@@ -69,6 +72,7 @@ def block_convolutions(
     module: Any,
     features: Callable[[str], bool],
     parameters: Mapping[str, np.ndarray[Any, Any]],
+    choose: Callable[[Place, int], Tile] = rule,
 ) -> Any:
     """The module with its convolutions on blocked tensors.
 
@@ -76,11 +80,13 @@ def block_convolutions(
         module: a ``tvm.IRModule`` whose ``main`` is one dataflow block over Relax operators.
         features: whether the processor has an instruction set, by LLVM's name.
         parameters: the values of the last arguments of ``main``, in order.
+        choose: the register tile of a convolution.
     """
     from tvm import relax
 
     made = relax.expr_functor.mutator(_rewriter())
-    rewriter = made(module, accumulators(features), INT8.is_covered(features), parameters)
+    dots = INT8.is_covered(features)
+    rewriter = made(module, accumulators(features), dots, parameters, choose)
     module = rewriter.rewritten(module)
     return relax.transform.DeadCodeElimination(["main"])(module)
 
@@ -91,12 +97,13 @@ def _rewriter() -> Any:
 
     class Rewriter(relax.PyExprMutator):  # type: ignore[misc]  # TVM is untyped
         def __init__(
-            self, module: Any, vectors: int, dots: bool, parameters: Mapping[str, Any]
-        ) -> None:
+            self, module: Any, vectors: int, dots: bool, parameters: Mapping[str, Any],
+            choose: Callable[[Place, int], Tile],
+        ) -> None:  # fmt: skip
             super().__init__(module)
             main = module["main"]
             weights = main.params[int(main.attrs["num_input"]) :]
-            self.vectors, self.dots = vectors, dots
+            self.vectors, self.dots, self.choose = vectors, dots, choose
             self.parameters = dict(zip(weights, parameters.values(), strict=True))
             self.blocked: dict[Any, _Blocked] = {}
             self.quantised: dict[Any, _Quantised] = {}
@@ -282,7 +289,7 @@ def _convolution(rewriter: Any, call: Any) -> _Blocked | None:
 
     packed = _packed(builder, constants, rewriter.visit_expr(weight))
     made = builder.call_te(
-        convolve(constants, rewriter.vectors),
+        convolve(constants, rewriter.vectors, rewriter.choose),
         source,
         builder.emit(packed),
         primfunc_name_hint="conv2d_depthwise" if constants.is_depthwise else "conv2d",
@@ -306,8 +313,9 @@ def _integer_convolution(
         source = builder.emit(builder.call_te(tvm_bytes.quantize_words(held.grid), source))
     else:
         narrow, source = False, _as_bytes(rewriter, data)
+    zero = held.grid.word if narrow else held.grid.zero
     sums = builder.call_te(
-        convolve(constants, rewriter.vectors, held.grid.word if narrow else held.grid.zero),
+        convolve(constants, rewriter.vectors, rewriter.choose, zero),
         source,
         builder.emit(_packed(builder, constants, rewriter.visit_expr(integers.integers))),
         primfunc_name_hint="conv2d_depthwise_int8" if constants.is_depthwise else "conv2d_int8",

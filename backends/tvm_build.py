@@ -12,14 +12,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pruna_ir.backends import tvm_gpu
 from pruna_ir.backends.tvm_blocked import block_convolutions
 from pruna_ir.backends.tvm_dot import INT8, multiplied
 from pruna_ir.backends.tvm_import import Imported
+from pruna_ir.backends.tvm_loader import LOADER, loader_source
+from pruna_ir.backends.tvm_processors import absent_features, needed_features
 from pruna_ir.backends.tvm_products import legalize_matmul
 from pruna_ir.backends.tvm_reductions import legalize_layer_norm, legalize_softmax
 from pruna_ir.backends.tvm_runtime import (
@@ -32,7 +36,8 @@ from pruna_ir.backends.tvm_runtime import (
     processor_features,
 )
 from pruna_ir.backends.tvm_schedules import covers, schedule_module
-from pruna_ir.errors import LoweringError
+from pruna_ir.backends.tvm_tiles import Tiles
+from pruna_ir.errors import LoweringError, UsageError
 from pruna_ir.program import Program, TensorSpec
 
 KERNELS = "kernels.json"
@@ -61,35 +66,50 @@ class CompiledKernel:
 
 
 def host_target(cpu: str = "") -> Any:
-    """The LLVM target for a processor, this machine's by default."""
-    import tvm
+    """The LLVM target for a processor, this machine's by default.
 
-    return tvm.target.Target(
-        {"kind": "llvm", "mcpu": cpu or tvm.target.codegen.llvm_get_system_cpu()}
-    )
-
-
-def has_dots(cpu: str = "") -> bool:
-    """Whether a processor, this machine's by default, has instructions that multiply bytes."""
-    return INT8.is_covered(_features(host_target(cpu)))
-
-
-def build(imported: Imported, program: Program, folder: Path, cpu: str = "") -> dict[str, str]:
-    """Compile and write the artifact's files; returns why functions keep TVM's loops, by name.
-
-    Raises:
-        LoweringError: TVM cannot compile the module or link the library.
+    What the system hides of this machine's instruction sets is left out.
     """
     import tvm
 
-    target = host_target(cpu)
+    if cpu:
+        return tvm.target.Target({"kind": "llvm", "mcpu": cpu})
+    named = {"kind": "llvm", "mcpu": tvm.target.codegen.llvm_get_system_cpu()}
+    hidden = absent_features(tvm.target.Target(named), processor_features())
+    return tvm.target.Target(named | ({"mattr": hidden} if hidden else {}))
+
+
+def has_dots(target: Any) -> bool:
+    """Whether a processor has instructions that multiply bytes."""
+    return INT8.is_covered(_features(target))
+
+
+def build(
+    imported: Imported, program: Program, folder: Path, target: Any, tiles: Tiles | None = None
+) -> dict[str, str]:
+    """Compile and write the artifact's files; returns why functions keep TVM's loops, by name.
+
+    Args:
+        imported: the module.
+        program: what it was imported from.
+        folder: where to write.
+        target: a processor, or a GPU, for which TVM's own schedules are used.
+        tiles: the register tiles of convolutions and products; by rule where None.
+
+    Raises:
+        LoweringError: TVM cannot compile the module or link the library.
+        UsageError: a tuning record does not fit.
+    """
+    import tvm
+
     try:
-        features = _features(target)
-        with target:
-            optimized = _optimization(features, imported.parameters)(imported.module)
-            module, unscheduled = schedule_module(optimized, features)
+        module, unscheduled = _scheduled(imported, target, tiles or Tiles())
         executable = tvm.compile(module, target=target, relax_pipeline=_lowering())
         executable.export_library(str(folder / LIBRARY))
+        if target.kind.name == "cuda" and not tvm_gpu.compiler_missing():
+            (folder / tvm_gpu.CODE).write_bytes(tvm_gpu.machine_code(executable, target))
+    except UsageError:
+        raise
     except Exception as error:
         first = "\n  ".join(str(error).strip().splitlines()[:6])
         raise LoweringError(
@@ -98,8 +118,24 @@ def build(imported: Imported, program: Program, folder: Path, cpu: str = "") -> 
     np.savez(folder / PARAMETERS, allow_pickle=False, **imported.parameters)
     rows = [asdict(kernel) for kernel in _kernels(module)]
     (folder / KERNELS).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    _describe(imported, program, folder, target, cpu)
+    (folder / LOADER).write_text(loader_source(), encoding="utf-8")
+    _describe(imported, program, folder, target)
     return unscheduled
+
+
+def _scheduled(imported: Imported, target: Any, tiles: Tiles) -> tuple[Any, dict[str, str]]:
+    """The module with loops that have schedules, and why functions keep TVM's own, by name."""
+    if target.kind.name != "llvm":
+        return tvm_gpu.scheduled(imported.module, target), {}
+    with target:
+        return schedule_module(optimized(imported, target, tiles), _features(target))
+
+
+def optimized(imported: Imported, target: Any, tiles: Tiles) -> Any:
+    """An imported module as functions of loops, neighbours fused; ``tiles`` hears of each tile."""
+    with target:
+        passes = _optimization(_features(target), imported.parameters, tiles)
+        return passes(imported.module)
 
 
 def _features(target: Any) -> Callable[[str], bool]:
@@ -110,7 +146,7 @@ def _features(target: Any) -> Callable[[str], bool]:
 
 
 def _optimization(
-    features: Callable[[str], bool], parameters: Mapping[str, np.ndarray[Any, Any]]
+    features: Callable[[str], bool], parameters: Mapping[str, np.ndarray[Any, Any]], tiles: Tiles
 ) -> Any:
     """Operators to loops, weight preparation apart, neighbours fused."""
     import tvm
@@ -124,10 +160,10 @@ def _optimization(
             relax.backend.DispatchSortScan(),
             t.DecomposeOpsForInference(),
             t.CanonicalizeBindings(),
-            _blocking(features, parameters),
+            _blocking(features, parameters, tiles),
             t.LegalizeOps(
                 {
-                    "relax.matmul": legalize_matmul,
+                    "relax.matmul": partial(legalize_matmul, choose=tiles.product),
                     "relax.nn.layer_norm": legalize_layer_norm,
                     "relax.nn.softmax": legalize_softmax,
                 }
@@ -144,12 +180,14 @@ def _optimization(
 
 
 def _blocking(
-    features: Callable[[str], bool], parameters: Mapping[str, np.ndarray[Any, Any]]
+    features: Callable[[str], bool], parameters: Mapping[str, np.ndarray[Any, Any]], tiles: Tiles
 ) -> Any:
     import tvm
 
     def blocked(module: Any, _: Any) -> Any:
-        return block_convolutions(module, features, parameters) if covers(features) else module
+        if not covers(features):
+            return module
+        return block_convolutions(module, features, parameters, tiles.convolution)
 
     return tvm.transform.module_pass(blocked, opt_level=0, name="BlockConvolutions")
 
@@ -253,9 +291,7 @@ def _remedy(program: Program) -> str:
     )
 
 
-def _describe(
-    imported: Imported, program: Program, folder: Path, target: Any, cpu: str
-) -> None:
+def _describe(imported: Imported, program: Program, folder: Path, target: Any) -> None:
     def specs(values: tuple[TensorSpec, ...]) -> list[dict[str, Any]]:
         return [
             {
@@ -272,7 +308,8 @@ def _describe(
         "dimensions": {name: [r.lower, r.upper] for name, r in program.dims.items()},
         "parameters": list(imported.parameters),
         "target": str(target),
-        "processor": [] if cpu else processor_features(),
+        "device": "cpu" if target.kind.name == "llvm" else target.kind.name,
+        "processor": needed_features(target.host or target),
         "sha256": {name: file_digest(folder / name) for name in (LIBRARY, PARAMETERS)},
     }
     (folder / MODEL).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")

@@ -107,7 +107,12 @@ class Tile:
 
 
 def tile(blocks: int, columns: int, vectors: int) -> Tile:
-    """The tile for a result of some O blocks and columns.
+    """The tile that the rule chooses; the arguments are those of `ranked_tiles`."""
+    return ranked_tiles(blocks, columns, vectors)[0]
+
+
+def ranked_tiles(blocks: int, columns: int, vectors: int) -> list[Tile]:
+    """The tiles for a result of some O blocks and columns, that of the least cost first.
 
     Args:
         blocks: blocks of output channels.
@@ -121,7 +126,7 @@ def tile(blocks: int, columns: int, vectors: int) -> Tile:
         for c in range(1, min(columns, vectors) + 1)
         if b * c <= vectors
     ]
-    return min(candidates, key=lambda t: (_cost(t, columns), t.blocks))
+    return sorted(candidates, key=lambda t: (_cost(t, columns), t.blocks))
 
 
 def _cost(candidate: Tile, columns: int) -> float:
@@ -216,8 +221,33 @@ def _padded(convolution: Convolution, data: Any, columns: int, zero: int) -> Any
     return te.compute(shape, element, name=PAD)
 
 
+@dataclass(frozen=True)
+class Place:
+    """A convolution on data of a size.
+
+    Attributes:
+        blocked: whether the data is [n, C/16, H, W, 16] and not [n, C, H, W].
+    """
+
+    convolution: Convolution
+    height: int
+    width: int
+    blocked: bool
+
+    def tiles(self, vectors: int) -> list[Tile]:
+        """Every tile for it, that of the least cost first."""
+        columns = self.convolution.size(1, self.width)
+        return ranked_tiles(_tiled_blocks(self.convolution), columns, vectors)
+
+
+def rule(place: Place, vectors: int) -> Tile:
+    """The tile that the rule chooses."""
+    return place.tiles(vectors)[0]
+
+
 def convolve(
-    convolution: Convolution, vectors: int, zero: int = 0
+    convolution: Convolution, vectors: int, choose: Callable[[Place, int], Tile] = rule,
+    zero: int = 0,
 ) -> Callable[[Any, Any], Any]:
     """The computation of a convolution of data, [n, C/16, H, W, 16] or [n, C, H, W], and weights.
 
@@ -226,14 +256,15 @@ def convolve(
     Args:
         convolution: its constants.
         vectors: how many accumulators the registers hold.
+        choose: its tile.
         zero: the element of the data that stands for 0.
     """
     from tvm import te
 
     def compute(data: Any, packed: Any) -> Any:
-        rows = convolution.size(0, int(data.shape[2]))
-        width = convolution.size(1, int(data.shape[3]))
-        held = tile(_tiled_blocks(convolution), width, vectors)
+        height, wide = int(data.shape[2]), int(data.shape[3])
+        rows, width = convolution.size(0, height), convolution.size(1, wide)
+        held = choose(Place(convolution, height, wide, len(data.shape) > 4), vectors)
         columns = -(-width // held.columns) * held.columns
         source = _padded(convolution, data, columns, zero)
         axes, product = _product(convolution, source, packed)

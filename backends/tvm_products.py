@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
+from math import prod
 from typing import Any
 
 from pruna_ir.backends.tvm_loops import extent
@@ -73,8 +74,35 @@ class Tile:
         return self.vectors * self.lanes
 
 
+@dataclass(frozen=True)
+class Product:
+    """The sizes of a product; `rows` is 0 where their number is not known.
+
+    Attributes:
+        batch: how many products a right-hand side of its own has each; 1 for a matrix.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    batch: int = 1
+
+
+def rule(product: Product, registers: Registers) -> Tile:
+    """The tile that the rule chooses."""
+    return choose_tile(product.rows, product.columns, product.depth, registers)
+
+
 def choose_tile(rows: int, columns: int, depth: int, registers: Registers) -> Tile:
     """The tile of the least estimated time for a product of ``rows`` by ``columns``.
+
+    The arguments are those of `ranked_tiles`.
+    """
+    return ranked_tiles(rows, columns, depth, registers)[0]
+
+
+def ranked_tiles(rows: int, columns: int, depth: int, registers: Registers) -> list[Tile]:
+    """Every tile that fits, the one of the least estimated time first.
 
     Args:
         rows: the number of rows; 0 where it is not known.
@@ -100,13 +128,15 @@ def choose_tile(rows: int, columns: int, depth: int, registers: Registers) -> Ti
         if r * v + v + 1 < registers.count
         and (v == 1 or v * registers.lanes * depth <= _PANEL_ELEMENTS)
     ]
-    return min(tiles, key=lambda tile: (cycles(tile), loads(tile)))
+    return sorted(tiles, key=lambda tile: (cycles(tile), loads(tile)))
 
 
 # -- relax to tensor expressions -----------------------------------------------------------------
 
 
-def legalize_matmul(builder: Any, call: Any) -> Any:
+def legalize_matmul(
+    builder: Any, call: Any, choose: Callable[[Product, Registers], Tile] = rule
+) -> Any:
     """The packed form of a ``relax.matmul``, or TVM's own where it does not apply."""
     import tvm
 
@@ -114,7 +144,9 @@ def legalize_matmul(builder: Any, call: Any) -> Any:
     if not _is_plain(a, b):
         return tvm.ir.Op.get("relax.matmul").get_attr("FLegalize")(builder, call)
     rows, columns = _constant(a.ty.shape[-2]), _constant(b.ty.shape[-1])
-    tile = choose_tile(rows, columns, int(a.ty.shape[-1]), Registers.of_target())
+    batch = prod(_constant(size) or 1 for size in list(b.ty.shape)[:-2])
+    product = Product(rows, columns, int(a.ty.shape[-1]), batch)
+    tile = choose(product, Registers.of_target())
     if b.ty.ndim == 2:
         packed = builder.emit(builder.call_te(pack, b, tile.panel, primfunc_name_hint=_PACK))
         return builder.call_te(
@@ -290,6 +322,7 @@ def schedule_copy(schedule: Any, block: Any) -> None:
 
 
 __all__: Sequence[str] = (
-    "COPIES", "PRODUCT", "Registers", "Tile", "batched_product", "choose_tile", "legalize_matmul",
-    "pack", "packed_product", "schedule_copy", "schedule_matmul", "schedule_product",
+    "COPIES", "PRODUCT", "Product", "Registers", "Tile", "batched_product", "choose_tile",
+    "legalize_matmul", "pack", "packed_product", "ranked_tiles", "rule", "schedule_copy",
+    "schedule_matmul", "schedule_product",
 )  # fmt: skip

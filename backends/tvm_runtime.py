@@ -1,19 +1,26 @@
 """Run a TVM artifact with numpy and the TVM runtime alone: nothing here imports torch.
 
 An artifact's folder holds ``model.so`` (the compiled functions and TVM's virtual machine code),
-``parameters.npz`` (the weights, as they are stored: int8 where the program quantises them) and
-``model.json`` (inputs, outputs, order of the parameters, needed processor features, sha256).
+``parameters.npz`` (the weights, as they are stored: int8 where the program quantises them),
+``model.json`` (inputs, outputs, order of the parameters, needed processor features, sha256) and
+``load.py``, which is this file without its one import from pruna_ir: it runs where neither
+pruna_ir nor torch is installed.
 
     runner = load_tvm(Path("out/tvm"))
     (logits,) = runner.run([images])
+
+    python out/tvm/load.py images.npy -o logits.npz --threads 2
 
 The compiled library holds ``transform``: it dequantises and lays out the weights, once, at load.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
+import sys
+import time
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from pruna_ir.errors import LoweringError, ToolchainError, UsageError
+from pruna_ir.errors import LoweringError, PrunaError, ToolchainError, UsageError
 
 MODEL = "model.json"
 LIBRARY = "model.so"
@@ -31,21 +38,15 @@ TRANSFORM = "main_transform_params"
 
 Array = np.ndarray[Any, Any]
 
-# Instruction sets that compiled code may use; what else a processor lists is of no concern.
-_INSTRUCTION_SETS = (
-    "avx", "bmi", "f16c", "fma", "gfni", "movbe", "popcnt", "sse", "ssse", "vaes", "vpclmul",
-    "asimd", "sve", "i8mm", "bf16",
-)  # fmt: skip
-
 
 def processor_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
-    """The instruction sets of this machine's processor; empty where the system does not say."""
+    """What Linux says that this machine's processor has; empty where the system does not say."""
     if not cpuinfo.is_file():
         return []
     for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
         key, _, value = line.partition(":")
         if key.strip() in ("flags", "Features"):
-            return sorted(f for f in set(value.split()) if f.startswith(_INSTRUCTION_SETS))
+            return sorted(set(value.split()))
     return []
 
 
@@ -57,10 +58,15 @@ class TvmRunner:
     """
 
     def __init__(
-        self, machine: Any, parameters: Sequence[Any], description: Mapping[str, Any]
+        self,
+        machine: Any,
+        device: Any,
+        parameters: Sequence[Any],
+        description: Mapping[str, Any],
     ) -> None:
         self.description = description
         self._machine = machine
+        self._device = device
         self._parameters = list(parameters)
 
     def run(self, inputs: Sequence[Array]) -> list[Array]:
@@ -72,7 +78,9 @@ class TvmRunner:
         import tvm
 
         check_inputs(self.description["inputs"], self.description["dimensions"], inputs)
-        arguments = [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in inputs]
+        arguments = [
+            tvm.runtime.tensor(np.ascontiguousarray(array), self._device) for array in inputs
+        ]
         results = self._machine[ENTRY](*arguments, *self._parameters)
         return [result.numpy() for result in results]
 
@@ -118,29 +126,49 @@ def load_tvm(folder: Path, threads: int = 0) -> TvmRunner:
         ToolchainError: TVM is not installed, or the processor lacks what the code needs.
     """
     description = _describe(folder)
-    missing = sorted(set(description["processor"]) - set(processor_features()))
+    _check_processor(folder, description)
+    try:
+        import tvm
+        from tvm.runtime.vm import VirtualMachine
+    except ImportError as error:
+        raise ToolchainError(
+            f"running a TVM artifact needs TVM: pip install apache-tvm ({error})"
+        ) from error
+    device = _device(description)
+    try:
+        if threads:
+            tvm.get_global_func("runtime.config_threadpool")(1, threads)
+        library = tvm.runtime.load_module(str(folder / LIBRARY))
+        machine = VirtualMachine(library, device)
+        stored = _read_parameters(folder, description["parameters"])
+        parameters = _transformed(machine, stored, device)
+    except (RuntimeError, OSError, ValueError, AttributeError) as error:
+        raise LoweringError(f"{folder}: TVM refuses the artifact: {error}") from error
+    return TvmRunner(machine, device, parameters, description)
+
+
+def _check_processor(folder: Path, description: Mapping[str, Any]) -> None:
+    """Compare what the code may use with what the processor has, where the system says so."""
+    present = processor_features()
+    missing = sorted(set(description["processor"]) - set(present)) if present else []
     if missing:
         raise ToolchainError(
             f"{folder}: the code was compiled for {description['target']}; this processor lacks "
             f"{', '.join(missing)}; build the artifact again for this processor"
         )
-    try:
-        import tvm
-        from tvm import relax
-    except ImportError as error:
+
+
+def _device(description: Mapping[str, Any]) -> Any:
+    """The device that the artifact was built for."""
+    import tvm
+
+    kind = description.get("device", "cpu")
+    device = tvm.device(kind, 0)
+    if not device.exist:
         raise ToolchainError(
-            f"running a TVM artifact needs TVM: pip install apache-tvm ({error})"
-        ) from error
-    try:
-        if threads:
-            tvm.get_global_func("runtime.config_threadpool")(1, threads)
-        library = tvm.runtime.load_module(str(folder / LIBRARY))
-        machine = relax.VirtualMachine(library, tvm.cpu())
-        stored = _read_parameters(folder, description["parameters"])
-        parameters = _transformed(machine, stored)
-    except (RuntimeError, OSError, ValueError, AttributeError) as error:
-        raise LoweringError(f"{folder}: TVM refuses the artifact: {error}") from error
-    return TvmRunner(machine, parameters, description)
+            f"no {kind.upper()} device; the code was compiled for {description['target']}"
+        )
+    return device
 
 
 def _describe(folder: Path) -> dict[str, Any]:
@@ -170,9 +198,66 @@ def _read_parameters(folder: Path, names: Sequence[str]) -> list[Array]:
         raise LoweringError(f"{folder / PARAMETERS}: cannot be read: {error}") from error
 
 
-def _transformed(machine: Any, stored: Sequence[Array]) -> list[Any]:
+def _transformed(machine: Any, stored: Sequence[Array], device: Any) -> list[Any]:
     """The parameters as the compiled code wants them."""
     import tvm
 
-    tensors = [tvm.runtime.tensor(array) for array in stored]
+    tensors = [tvm.runtime.tensor(array, device) for array in stored]
     return list(machine[TRANSFORM](tensors)) if tensors else []
+
+
+# -- command line --------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run an artifact on arrays from files; 0, or the error's exit code."""
+    parser = argparse.ArgumentParser(
+        description="Run a TVM artifact on arrays from .npy files with numpy and TVM alone."
+    )
+    parser.add_argument("inputs", nargs="*", type=Path, help="one .npy file an input, in order")
+    parser.add_argument("-o", "--out", type=Path, help=".npz file for the outputs, by name")
+    parser.add_argument("--artifact", type=Path, default=Path(__file__).parent, metavar="FOLDER",
+                        help="the artifact's folder; this file's by default")  # fmt: skip
+    parser.add_argument("--threads", type=int, default=0, help="of TVM's pool; 0 leaves them")
+    parser.add_argument("--repeats", type=int, default=0, help="time so many calls, too")
+    given = parser.parse_args(arguments)
+    try:
+        sys.stdout.write(_run(given))
+    except PrunaError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    return 0
+
+
+def _run(given: argparse.Namespace) -> str:
+    """What to print: a line an output, and the median time where calls are timed."""
+    runner = load_tvm(given.artifact, given.threads)
+    inputs = [_read_array(path) for path in given.inputs]
+    outputs = runner.run(inputs)
+    names = [spec["name"] for spec in runner.description["outputs"]]
+    lines = [
+        f"{name}: {array.dtype}{list(array.shape)}"
+        for name, array in zip(names, outputs, strict=True)
+    ]
+    if given.out is not None:
+        np.savez(given.out, allow_pickle=False, **dict(zip(names, outputs, strict=True)))
+    times = []
+    for _ in range(given.repeats):
+        start = time.perf_counter()
+        runner.run(inputs)
+        times.append((time.perf_counter() - start) * 1e3)
+    if times:
+        lines.append(f"{np.median(times):.3f} ms, the median of {len(times)} calls")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _read_array(path: Path) -> Array:
+    try:
+        array: Array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read as a .npy file: {error}") from error
+    return array
+
+
+if __name__ == "__main__":
+    sys.exit(main())

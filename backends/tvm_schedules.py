@@ -85,7 +85,7 @@ def _convolution(schedule: Any, root: Any) -> Any:
     return next(named, None)
 
 
-def _schedule_function(function: Any) -> tuple[Any, bool]:
+def schedule_function(function: Any) -> tuple[Any, bool]:
     """The function with its loops scheduled, and whether a convolution or product was among them.
 
     Raises:
@@ -157,7 +157,7 @@ def schedule_module(module: Any, features: Callable[[str], bool]) -> tuple[Any, 
     kept: dict[str, str] = {}
     for name, function in functions.items():
         try:
-            scheduled, product = _schedule_function(function)
+            scheduled, product = schedule_function(function)
         except s_tir.ScheduleError:
             kept[name.name_hint] = "a rule does not fit its loops"
             continue
@@ -172,4 +172,4 @@ def covers(features: Callable[[str], bool]) -> bool:
     return features("avx2") or features("avx512f")
 
 
-__all__: Sequence[str] = ("NO_PROCESSOR", "covers", "schedule_module")
+__all__: Sequence[str] = ("NO_PROCESSOR", "covers", "schedule_function", "schedule_module")

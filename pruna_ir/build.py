@@ -30,6 +30,7 @@ from pruna_ir.lowering import (
     whole_folder,
     write_json,
 )
+from pruna_ir.options import make_backend
 from pruna_ir.program import Program
 from pruna_ir.registry import find_backend
 from pruna_ir.transform import Context
@@ -73,7 +74,7 @@ def build(
 
     Args:
         program: what to lower.
-        backend: a backend or its registered name.
+        backend: a backend, or its registered name, with options as in ``tvm{cpu=x86-64-v3}``.
         out: the artifact's folder; replaced where it is an artifact or empty.
         context: its data, where there is any, serves as stimulus as well.
         verify: load the artifact and compare it with the program.
@@ -90,7 +91,7 @@ def build(
         VerificationError: the artifact does not compute what the program does.
     """
     context = context or Context()
-    chosen = find_backend(backend) if isinstance(backend, str) else backend
+    chosen = make_backend(backend) if isinstance(backend, str) else backend
     if require_verified and not verify:
         raise UsageError("require_verified without verify can never hold; drop one of them")
     check_destination(out)

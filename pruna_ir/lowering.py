@@ -142,7 +142,8 @@ class Backend(Protocol):
     A backend that cannot execute everywhere may have a seventh,
     ``load_intermediate(folder, options) -> Runner | None``: the file that the artifact was built
     from, where that can run. It is verified when the artifact itself cannot be. It may also state
-    ``zeros``, what it does with zeros in weights (see `pruna_ir.sparsity`).
+    ``zeros``, what it does with zeros in weights (see `pruna_ir.sparsity`), and ``variants``,
+    options as text under which it needs other tools or devices, for ``pruna-opt doctor``.
     """
 
     name: ClassVar[str]

@@ -1,4 +1,4 @@
-"""From pipeline text to pass objects: options are the pass's fields, typed and checked."""
+"""From text to passes and backends: options are the fields of their classes, typed and checked."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pruna_ir.errors import UsageError
-from pruna_ir.registry import find_pass, unknown
-from pruna_ir.spec import FileValue, PassSpec, Value, print_value
+from pruna_ir.lowering import Backend
+from pruna_ir.registry import find_backend, find_pass, unknown
+from pruna_ir.spec import FileValue, PassSpec, Value, parse_pipeline, print_value
 from pruna_ir.transform import Pass
 
 
@@ -21,7 +22,33 @@ def make_pass(spec: PassSpec) -> Pass:
     Raises:
         UsageError: the pass or an option is unknown, or a value has the wrong type.
     """
-    cls = find_pass(spec.name)
+    made: Pass = _made(find_pass(spec.name), spec)
+    return made
+
+
+def make_backend(text: str) -> Backend:
+    """The backend that a text such as ``tvm`` or ``tvm{cpu=x86-64-v3}`` names.
+
+    Raises:
+        UsageError: it is no such text, an option is unknown, or a value has the wrong type.
+
+    >>> make_backend("onnx").name
+    'onnx'
+    """
+    items = parse_pipeline(text)
+    if len(items) != 1 or not isinstance(items[0], PassSpec):
+        raise UsageError(f"'{text}' is no backend; give one name, such as tvm{{cpu=x86-64-v3}}")
+    backend = find_backend(items[0].name)
+    if not items[0].options:
+        return backend
+    if not dataclasses.is_dataclass(backend):
+        raise UsageError(f"backend '{items[0].name}' takes no options")
+    made: Backend = _made(type(backend), items[0])
+    return made
+
+
+def _made(cls: type[Any], spec: PassSpec) -> Any:
+    """An instance of a frozen dataclass with the options of a spec."""
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     values: dict[str, Any] = {}

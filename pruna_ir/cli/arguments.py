@@ -132,7 +132,8 @@ def _run(commands: _Commands[argparse.ArgumentParser]) -> argparse.ArgumentParse
                          help="log what passes did, and near misses")  # fmt: skip
     group = command.add_argument_group("artifacts")
     group.add_argument("--target", action="append", default=[], metavar="BACKEND",
-                       help="lower to this backend; repeatable")  # fmt: skip
+                       help="lower to this backend; repeatable; with options: "
+                       "'tvm{cpu=x86-64-v3}'")  # fmt: skip
     group.add_argument("-o", "--out", type=Path, metavar="FOLDER",
                        help="artifacts, the program and report.json go here")  # fmt: skip
     group.add_argument("--require-verified", action="store_true",

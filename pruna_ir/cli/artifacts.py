@@ -55,7 +55,7 @@ class Workshop:
         self.out.log(f"{target}: building and verifying")
         try:
             artifact = build(
-                program, target, self.args.out / target, context,
+                program, self.args.backends[target], self.args.out / target, context,
                 options=LoadOptions(threads=self.args.threads),
             )  # fmt: skip
         except PrunaError as error:
@@ -125,7 +125,7 @@ class Workshop:
             try:
                 made = build(
                     self.original,
-                    target,
+                    self.args.backends[target],
                     Path(folder) / target,
                     Context(target=target, seed=self.args.seed),
                     verify=False,

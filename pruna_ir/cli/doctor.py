@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import subprocess
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from pruna_ir import __version__, registry
 from pruna_ir.cli.console import Console
 from pruna_ir.errors import PrunaError
+from pruna_ir.options import make_backend
 
 _PACKAGES = (
     "torch", "torchvision", "timm", "transformers", "numpy", "scipy", "safetensors", "onnx",
@@ -45,7 +47,11 @@ def diagnosis() -> dict[str, Any]:
         "cpu": _cpu(),
         "compilers": {name: path for name in _COMPILERS if (path := shutil.which(name))},
         "gpu": _gpu(),
-        "backends": {e.name: _backend(e) for e in registry.entries(registry.BACKENDS)},
+        "backends": {
+            text: state
+            for entry in registry.entries(registry.BACKENDS)
+            for text, state in _backends(entry).items()
+        },
         "problems": [str(problem) for problem in registry.problems(importing=True)],
     }
 
@@ -85,12 +91,14 @@ def _gpu() -> list[str]:
     return [line.strip() for line in done.stdout.splitlines() if line.strip()]
 
 
-def _backend(entry: registry.Entry) -> dict[str, str]:
+def _backends(entry: registry.Entry) -> dict[str, dict[str, str]]:
+    """What a backend lacks, and what it lacks with options that need other tools, by text."""
     try:
-        availability = registry.find_backend(entry.name).availability()
+        variants = getattr(registry.find_backend(entry.name), "variants", ())
     except PrunaError as error:
-        return {"build": str(error), "execute": str(error)}
-    return {"build": availability.build, "execute": availability.execute}
+        return {entry.name: {"build": str(error), "execute": str(error)}}
+    texts = (entry.name, *(f"{entry.name}{{{options}}}" for options in variants))
+    return {text: asdict(make_backend(text).availability()) for text in texts}
 
 
 def _text(found: dict[str, Any]) -> str:
@@ -107,6 +115,6 @@ def _text(found: dict[str, Any]) -> str:
     ]  # fmt: skip
     for name, state in found["backends"].items():
         lines.append(f"  {name:<10} build:   {state['build'] or 'yes'}")
-        lines.append(f"  {'':<10} execute: {state['execute'] or 'yes'}")
+        lines.append(f"  {'':<{max(len(name), 10)}} execute: {state['execute'] or 'yes'}")
     lines += [f"problem: {problem}" for problem in found["problems"]]
     return "\n".join(lines)

@@ -21,10 +21,10 @@ from pruna_ir.data import TensorData
 from pruna_ir.errors import CaptureError, LoweringError, ToolchainError, UsageError
 from pruna_ir.instruments import DumpIR
 from pruna_ir.lowering import MANIFEST
+from pruna_ir.options import make_backend
 from pruna_ir.pipeline import Pipeline
 from pruna_ir.processes import processes
 from pruna_ir.program import Program
-from pruna_ir.registry import find_backend
 from pruna_ir.report import Report, plain_text, rich_text
 from pruna_ir.serialize import save_program, whole_file
 from pruna_ir.sources import load_source
@@ -84,12 +84,16 @@ def execute(args: argparse.Namespace, out: Console) -> int:
 
 
 def _check_targets(args: argparse.Namespace) -> None:
-    if len(set(args.target)) != len(args.target):
+    """Make the backends: ``args.target`` holds their names then, ``args.backends`` themselves."""
+    backends = [make_backend(text) for text in args.target]
+    args.target = [backend.name for backend in backends]
+    args.backends = dict(zip(args.target, backends, strict=True))
+    if len(args.backends) != len(args.target):
         raise UsageError(f"a target is given twice: {', '.join(args.target)}")
     if args.target and args.out is None:
         raise UsageError("artifacts need a place: give -o FOLDER")
     for target in args.target:
-        missing = find_backend(target).availability().build
+        missing = args.backends[target].availability().build
         if missing:
             raise ToolchainError(f"backend '{target}' cannot build here: {missing}")
 

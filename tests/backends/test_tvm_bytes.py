@@ -33,7 +33,7 @@ Array = np.ndarray[Any, Any]
 POISON = 0x7B7B7B7B
 
 
-NEEDS_DOTS = pytest.mark.skipif(not has_dots(), reason="the processor has no AVX512-VNNI")
+NEEDS_DOTS = pytest.mark.skipif(not has_dots(host_target()), reason="the processor has no AVX512-VNNI")
 PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 
@@ -71,7 +71,7 @@ class Compiled:
         weight = te.placeholder((constants.outputs, inputs, *constants.kernel), "int8", "weight")
         packed = pack(constants, weight)
         held = te.placeholder(packed.shape, "int32", name="packed")
-        result = convolve(constants, 16, zero)(data, held)
+        result = convolve(constants, 16, zero=zero)(data, held)
         schedule = s_tir.Schedule(te.create_prim_func([data, held, result]))
         schedule_convolution(schedule, schedule.get_sblock(ACCUMULATE))
         function = with_dots(schedule.mod["main"])

@@ -1,0 +1,132 @@
+"""``load.py`` runs an artifact where there is no torch and no pruna_ir, on TVM's runtime alone."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pruna_ir.backends.to_tvm import ToTvm
+from pruna_ir.backends.tvm_loader import LOADER, loader_source
+from pruna_ir.build import build
+from pruna_ir.program import Program
+from tests.backends.backend_models import SmallCnn, inputs, program
+
+PACKAGES = ("numpy", "tvm", "tvm_ffi", "ml_dtypes", "typing_extensions")
+"""What apache-tvm requires, by its metadata, and itself."""
+
+
+@pytest.fixture(scope="module")
+def made() -> Program:
+    return program(SmallCnn, int8=True)
+
+
+@pytest.fixture(scope="module")
+def artifact(made: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(made, ToTvm(), tmp_path_factory.mktemp("a") / "tvm", verify=False).folder
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds links to `PACKAGES` and nothing else."""
+    folder = tmp_path_factory.mktemp("packages")
+    for name in PACKAGES:
+        spec = find_spec(name)
+        assert spec is not None, name
+        assert spec.origin is not None
+        origin = Path(spec.origin)
+        source = origin.parent if origin.name == "__init__.py" else origin
+        (folder / source.name).symlink_to(source)
+        libraries = source.with_name(f"{name}.libs")
+        if libraries.is_dir():
+            (folder / libraries.name).symlink_to(libraries)
+    return folder
+
+
+def alone(packages: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Python with the standard library and `packages`, without site-packages."""
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(packages),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TVM_USE_RUNTIME_LIB": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-S", *command],
+        capture_output=True, text=True, timeout=120, check=False, env=environment,
+        cwd=packages,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["torch", "pruna_ir", "scipy", "onnx"])
+def test_the_environment_has_no_other_package(name: str, packages: Path) -> None:
+    """The control: what must not be needed is not there."""
+    done = alone(packages, "-c", f"import {name}")
+    assert f"No module named '{name}'" in done.stderr
+
+
+def test_an_artifact_runs_without_torch(made: Program, artifact: Path, packages: Path,
+                                        tmp_path: Path) -> None:  # fmt: skip
+    x = inputs(SmallCnn, 3)
+    given, result = tmp_path / "x.npy", tmp_path / "y.npz"
+    np.save(given, x.numpy())
+    done = alone(packages, str(artifact / LOADER), str(given), "-o", str(result),
+                 "--threads", "2", "--repeats", "3")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, timed = done.stdout.splitlines()
+    name = made.outputs[0].name
+    assert first == f"{name}: float32[3, 5]"
+    assert timed.endswith("ms, the median of 3 calls")
+    with torch.no_grad():
+        expected = made(x)[0].numpy()
+    with np.load(result) as stored:
+        np.testing.assert_allclose(stored[name], expected, rtol=0, atol=2e-6)
+
+
+def test_errors_come_as_messages_and_exit_codes(artifact: Path, packages: Path,
+                                                tmp_path: Path) -> None:  # fmt: skip
+    given = tmp_path / "x.npy"
+    np.save(given, np.zeros((1, 3, 17, 15)))
+    done = alone(packages, str(artifact / LOADER), str(given))
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: input x is float64[1, 3, 17, 15], but the artifact takes float32"
+        "['batch', 3, 17, 15]\n"
+    )
+
+
+def test_the_manifest_holds_the_loader(artifact: Path) -> None:
+    assert LOADER in json.loads((artifact / "manifest.json").read_text())["files"]
+
+
+def test_the_loader_is_the_runtime_module_without_its_import() -> None:
+    """No logic stands twice: every function and class is the module's or an error's."""
+    from pruna_ir import errors
+    from pruna_ir.backends import tvm_runtime
+
+    def definitions(text: str) -> dict[str, str]:
+        return {
+            node.name: ast.unparse(node)
+            for node in ast.parse(text).body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        }
+
+    def source(module: object) -> str:
+        return Path(str(vars(module)["__file__"])).read_text(encoding="utf-8")
+
+    copied, own = definitions(loader_source()), definitions(source(tvm_runtime))
+    theirs = definitions(source(errors))
+    assert {name: text for name, text in copied.items() if name not in theirs} == own
+    assert {name for name in copied if name in theirs} == {
+        "LoweringError", "PrunaError", "ToolchainError", "UsageError"
+    }  # fmt: skip
+    assert all(copied[name] == theirs[name] for name in copied if name in theirs)
+    assert "pruna_ir.errors" not in loader_source()
