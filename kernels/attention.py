@@ -216,7 +216,7 @@ def _(
     return query.new_empty([*lead, queries, heads, value.shape[-1]]).transpose(-3, -2)
 
 
-differentiate_reference("pruna::attention", attention_reference, tensors=4)
+differentiate_reference("pruna::attention", attention_reference)
 
 KERNEL = Kernel(
     torch.ops.pruna.attention.default, attention_reference, decomposition=attention_decomposition

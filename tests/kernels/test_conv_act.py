@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import fx
 
 from pruna_ir.errors import UsageError
-from pruna_ir.kernels.conv_act import ACTIVATIONS, KERNEL, conv_act, conv_act_reference
+from pruna_ir.kernels.activations import ACTIVATIONS
+from pruna_ir.kernels.conv_act import KERNEL, conv_act, conv_act_reference
 
 ARGS = {"hardtanh": [-0.5, 0.75], "leaky_relu": [0.1]}
 
