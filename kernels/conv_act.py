@@ -12,6 +12,11 @@
 The fast path for inference computes the epilogue in place in the convolution's own result. Beyond
 that speed comes from weights that are laid out once, which an operator on plain tensors cannot do:
 the eager backend spells this one out and packs its convolution (see `pruna_ir.kernels.onednn`).
+
+A pool behind the activation is no part of the operator. What fusing it could save is a pass of the
+activation over the larger image: pooled first, and activated then, the stem of a ResNet took 0.98
+to 1.00 of its time, VGG's convolutions before a pool 0.95 to 1.01, one at 56x56 before an average
+1.00 to 1.01 (packed, batch 1, one thread and two). oneDNN has no pool among its post-ops.
 """
 
 from __future__ import annotations

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
 from pruna_ir.errors import UsageError
 from pruna_ir.kernels.ffn import ACTIVATIONS, KERNEL, _onednn, ffn, ffn_reference
+from tests.kernels.poison import poisoned
 
 
 def draw(
@@ -33,18 +34,7 @@ def run(function, tensors, activation):
     return function(*tensors[:7], activation, *tensors[7:])
 
 
-@pytest.fixture
-def _poisoned():
-    """Fresh memory is full of NaN."""
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(mode=True)
-    assert torch.isnan(torch.empty(3)).all()
-    yield
-    torch.use_deterministic_algorithms(mode=False)
-
-
-@pytest.mark.usefixtures("_poisoned")
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(
     st.lists(st.integers(1, 5), min_size=0, max_size=3), st.integers(1, 9), st.integers(1, 9),
     st.integers(1, 9), st.sampled_from(ACTIVATIONS), st.booleans(), st.booleans(), st.booleans(),
@@ -56,7 +46,8 @@ def test_fast_path_is_within_rounding_of_the_float64_reference(
     tensors = draw(shape, width, hidden, out, gated=gated, biased=biased, added=added, seed=seed)
     single = [None if t is None else t.float() for t in tensors]
     truth = run(ffn_reference, [None if t is None else t.double() for t in single], activation)
-    found = run(ffn, single, activation)
+    with poisoned():
+        found = run(ffn, single, activation)
     assert found.shape == truth.shape
     assert found.dtype == torch.float32
     # |act(h)| <= |h| (a sigmoid is below 1), so these on absolute values bound every sum; each
@@ -116,7 +107,7 @@ def test_empty_batch():
     assert ffn(*tensors, "silu").shape == (0, 4)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.integers(1, 3), max_size=2), st.integers(1, 4), st.integers(1, 4),
     st.integers(1, 4), st.sampled_from(ACTIVATIONS), st.booleans(), st.booleans(), st.booleans(),
