@@ -4,7 +4,8 @@
     images stay channels-last between the operators that take them so, and are made contiguous
     for all others                         fake-quantised values stay uint8 between integer layers
 
-Fused operators of ours are spelt out first: their layers run faster packed one by one.
+Fused operators of ours are spelt out first: their layers run faster packed one by one, products of
+one value as one (see `packed_groups`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import fx
 
 import pruna_ir.kernels.conv_act
 import pruna_ir.kernels.ffn
+from pruna_ir.backends.packed_groups import group_products
 from pruna_ir.backends.packed_integers import FAKE_QUANT, Grid8, Integers
 from pruna_ir.backends.packed_layers import ACTIVATIONS, Layer, find_layers
 from pruna_ir.call import bind_arguments
@@ -67,8 +69,10 @@ class Steps:
         self._program = decompose(program, keep=whole)
         self._constants = _constants(self._program)
         self._layers = find_layers(self._program, self._constants)
+        self._groups = group_products(self._layers.packed.values())
         self._env: dict[fx.Node, fx.Node] = {}
         self._levels: dict[fx.Node, fx.Node] = {}
+        self._products: dict[tuple[Layer, ...], fx.Node] = {}
         self._names_of: dict[Any, str] = {}
         self.graph = fx.Graph()
         self.tensors: dict[str, torch.Tensor] = {}
@@ -87,7 +91,9 @@ class Steps:
                 continue
             restored = layouts.restores(node)
             layer = self._layers.packed.get(node)
-            if layer is not None:
+            if layer in self._groups:
+                self._run_grouped(layer, restored)
+            elif layer is not None:
                 self._run_packed(layer, restored)
             elif node not in on_integers:
                 self._env[node] = self._plain(node, restored)
@@ -135,6 +141,47 @@ class Steps:
                 self._env[layer.last] = self._dequantised(out)
         self._row(layer.node, words, "" if layer.integers is None else "int8")
 
+    def _run_grouped(self, layer: Layer, restored: Collection[fx.Node]) -> None:
+        """Emit the product of a layer's group where that is not there yet, and its slice."""
+        group = self._groups[layer]
+        sizes = [_outputs(one) for one in group]
+        if group not in self._products:
+            self._products[group] = self._joined(group, sizes, restored)
+        start = sum(sizes[: group.index(layer)])
+        part = self._call(
+            aten.slice.Tensor, (self._products[group], -1, start, start + _outputs(layer)),
+            layer.node,
+        )  # fmt: skip
+        self._env[layer.last] = self._activated(part, layer.activation)
+        words = ", ".join(short_name(one.target) for one in layer.parts)
+        others = ", ".join(_layer_name(one.node) for one in group if one is not layer)
+        self._row(layer.node, f"packed by oneDNN: {words}, in one product with {others}")
+
+    def _joined(
+        self, group: tuple[Layer, ...], sizes: list[int], restored: Collection[fx.Node]
+    ) -> fx.Node:
+        """The product of a group's weights, one below the other."""
+        first = group[0]
+        weight = self._attribute(
+            group, lambda: pack_linear(torch.cat([self._rows(layer) for layer in group]))
+        )
+        bias = None
+        if any(layer.bias is not None for layer in group):
+            dtype = self._constants[first.weight].dtype
+            bias = self._attribute((group, "bias"), lambda: torch.cat([
+                torch.zeros(size, dtype=dtype) if layer.bias is None
+                else self._constants[layer.bias]
+                for layer, size in zip(group, sizes, strict=True)
+            ]))  # fmt: skip
+        source = first.source
+        x = self._contiguous(source) if source in restored else self._read(source)
+        return self._call(*linear_call(x, weight, bias), first.node)
+
+    def _rows(self, layer: Layer) -> torch.Tensor:
+        """The weight of a product, [out, in]."""
+        plain = self._constants[layer.weight]
+        return plain.t() if layer.transposed else plain
+
     def _packed(self, layer: Layer, restored: Collection[fx.Node]) -> fx.Node:
         """The calls that compute a layer."""
         if layer.integers is not None:
@@ -161,10 +208,8 @@ class Steps:
 
     def _product(self, layer: Layer, restored: Collection[fx.Node]) -> fx.Node:
         """A product, what is added to it, and its activation."""
-        plain = self._constants[layer.weight]
         weight = self._attribute(
-            (layer.weight, layer.transposed),
-            lambda: pack_linear(plain.t() if layer.transposed else plain),
+            (layer.weight, layer.transposed), lambda: pack_linear(self._rows(layer))
         )
         source, residual = (
             self._contiguous(node) if node is not None and node in restored
@@ -265,8 +310,7 @@ class Steps:
             return
         word = short_name(node.target)
         precision = precision or str(dtype).removeprefix("torch.")
-        layer = module_path(node) or str(node.meta.get(COMPUTES, node.name))
-        self.rows.append(KernelRow(layer, KINDS.get(word, word), precision, detail))
+        self.rows.append(KernelRow(_layer_name(node), KINDS.get(word, word), precision, detail))
 
 
 def _constants(program: Program) -> dict[fx.Node, torch.Tensor]:
@@ -296,6 +340,15 @@ def _gelu(activation: fx.Node | None) -> str:
     if activation is None or activation.target is not aten.gelu.default:
         return ""
     return str(bind_arguments(activation)["approximate"])
+
+
+def _outputs(layer: Layer) -> int:
+    """The outputs of a product."""
+    return int(layer.node.meta["val"].shape[-1])
+
+
+def _layer_name(node: fx.Node) -> str:
+    return module_path(node) or str(node.meta.get(COMPUTES, node.name))
 
 
 def _name(node: fx.Node) -> str:

@@ -57,7 +57,8 @@ def int8_linear(
     tensors = (x, weight, x_scale, weight_scale, bias)
     if triton_int8_linear.applies(*tensors):
         return triton_int8_linear.int8_linear(*tensors)
-    if x.device.type != "cpu" or not x.numel() or not weight.numel():
+    # torch's own product is wrong for a width of 1, and takes nothing empty.
+    if x.device.type != "cpu" or x.shape[-1] < 2 or not x.numel() or not weight.numel():
         result: torch.Tensor = int8_linear_reference(*tensors)
         return result
     sums = torch._int_mm(x.reshape(-1, x.shape[-1]), weight.t())

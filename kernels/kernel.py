@@ -31,29 +31,29 @@ class Kernel:
     decomposition: Callable[..., Any] | None = None
 
 
-def differentiate_reference(
-    name: str, reference: Callable[..., torch.Tensor], tensors: int
-) -> None:
+def differentiate_reference(name: str, reference: Callable[..., torch.Tensor]) -> None:
     """Give an operator the gradients of its reference, which is run again from the saved inputs.
 
     Args:
         name: the operator, such as ``pruna::conv_act``.
         reference: a function with the operator's arguments, differentiable as often as wanted.
-        tensors: how many of the first arguments are tensors or None; the others are options.
     """
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG001
-        ctx.save_for_backward(*inputs[:tensors])
-        ctx.options = inputs[tensors:]
+        ctx.save_for_backward(*[v if isinstance(v, torch.Tensor) else None for v in inputs])
+        ctx.options = [None if isinstance(v, torch.Tensor) else v for v in inputs]
 
     def gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:tensors]
-        wanted = [t for t, needed in zip(saved, needs, strict=True) if needed]
+        saved = ctx.saved_tensors
+        values = [o if s is None else s for s, o in zip(saved, ctx.options, strict=True)]
+        # Defaults that were not given have no entry.
+        given = (*ctx.needs_input_grad, *[False] * len(values))
+        needs = given[: len(values)]
+        wanted = [value for value, needed in zip(values, needs, strict=True) if needed]
         twice = torch.is_grad_enabled()
         with torch.enable_grad():
-            y = reference(*saved, *ctx.options)
+            y = reference(*values)
             found = iter(torch.autograd.grad(y, wanted, grad, create_graph=twice))
-        grads = [next(found) if needed else None for needed in needs]
-        return (*grads, *[None] * len(ctx.options))
+        return tuple(next(found) if needed else None for needed in needs)
 
     torch.library.register_autograd(name, gradients, setup_context=save)

@@ -98,6 +98,8 @@ def activation() -> Any:
             x = tl.sigmoid(x)
         elif name == "gelu":
             x = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+        elif name == "quick_gelu":
+            x = x * tl.sigmoid(1.702 * x)
         elif name == "gelu_tanh":
             # 0.5 (1 + tanh(u)) = sigmoid(2 u)
             x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))

@@ -1,10 +1,10 @@
 """The feed-forward block in Triton: two launches, the hidden values written once.
 
     h = act(x w1^T + b1)   or   act(x gate^T + gate_bias) * (x w1^T + b1)
-    y = h w2^T + b2
+    y = h w2^T + b2 [+ residual]
 
-Both layers are one kernel: a tiled matrix product whose epilogue adds the bias and applies the
-activation. With a gate, both products of a tile are summed in one loop, which reads x once. One
+Both layers are one kernel: a tiled matrix product whose epilogue adds the bias, applies the
+activation and adds the residual. With a gate, both products of a tile are summed in one loop, which reads x once. One
 launch for the whole block would compute h again for every tile of columns of y.
 
 Sums are float32. float32 factors are multiplied as ``torch.set_float32_matmul_precision`` says.
@@ -39,11 +39,14 @@ def ffn(
     gate_weight: torch.Tensor | None,
     gate_bias: torch.Tensor | None,
     activation: str,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``pruna::ffn``; shapes and dtypes as there, all tensors of one dtype."""
     rows = x.reshape(-1, x.shape[-1])
     hidden = dense(rows, w1, b1, gate_weight, gate_bias, activation)
-    return dense(hidden, w2, b2, None, None, "none").reshape(*x.shape[:-1], w2.shape[0])
+    added = None if residual is None else residual.reshape(-1, w2.shape[0])
+    y = dense(hidden, w2, b2, None, None, "none", added)
+    return y.reshape(*x.shape[:-1], w2.shape[0])
 
 
 def dense(
@@ -53,8 +56,9 @@ def dense(
     gate: torch.Tensor | None,
     gate_bias: torch.Tensor | None,
     activation: str,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One layer, [rows, in] to [rows, out]; weights [out, in], biases [out]."""
+    """One layer, [rows, in] to [rows, out]; weights [out, in], biases [out], residual as y."""
     x, weight = x.contiguous(), weight.contiguous()
     gate = None if gate is None else gate.contiguous()
     (rows, width), columns = x.shape, weight.shape[0]
@@ -63,9 +67,9 @@ def dense(
     row, column = triton_code.tiles(rows, columns, x.device, widest=widest)
     grid = (-(-rows // row) * -(-columns // column),)
     _kernel()[grid](
-        x, weight, _or(bias, x), _or(gate, x), _or(gate_bias, x), y, rows, columns, width,
-        ACTIVATION=activation, BIASED=bias is not None, GATED=gate is not None,
-        GATE_BIASED=gate_bias is not None,
+        x, weight, _or(bias, x), _or(gate, x), _or(gate_bias, x), _or(residual, x), y, rows,
+        columns, width, ACTIVATION=activation, BIASED=bias is not None, GATED=gate is not None,
+        GATE_BIASED=gate_bias is not None, ADDED=residual is not None,
         PRECISION=triton_code.precision(x.dtype, convolution=False),
         ROWS=row, COLUMNS=column, DEPTH=32, num_warps=8 if row * column >= 128 * 128 else 4,
     )  # fmt: skip
@@ -85,9 +89,9 @@ def _kernel() -> Any:
 
     @jit()
     def dense_kernel(  # type: ignore[no-untyped-def]
-        x, weight, bias, gate, gate_bias, y, rows, columns, width,
+        x, weight, bias, gate, gate_bias, residual, y, rows, columns, width,
         ACTIVATION: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr,
-        GATE_BIASED: tl.constexpr, PRECISION: tl.constexpr,
+        GATE_BIASED: tl.constexpr, ADDED: tl.constexpr, PRECISION: tl.constexpr,
         ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     ):  # fmt: skip
         across = tl.cdiv(columns, COLUMNS)
@@ -119,8 +123,10 @@ def _kernel() -> Any:
             total = activate(gates, ACTIVATION, 0.0, 0.0) * total
         else:
             total = activate(total, ACTIVATION, 0.0, 0.0)
-        where = y + r.to(tl.int64)[:, None] * columns + c[None, :]
+        where = r.to(tl.int64)[:, None] * columns + c[None, :]
         mask = (r < rows)[:, None] & (c < columns)[None, :]
-        tl.store(where, total.to(y.dtype.element_ty), mask=mask)
+        if ADDED:
+            total += tl.load(residual + where, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y + where, total.to(y.dtype.element_ty), mask=mask)
 
     return dense_kernel

@@ -1,26 +1,31 @@
 """What feed-forward blocks are made of: dense layers and activations, in each of their spellings.
 
 A dense layer is ``linear``, ``addmm`` on two dimensions, or ``addmm`` between the reshapes that
-flatten and restore leading dimensions (GPT-2's Conv1D). An activation is one operator, or its
+flatten and restore leading dimensions (GPT-2's Conv1D), or a part of one that stores several
+layers in one weight (see ``layer_parts``). An activation is one operator, or its
 formula spelt out; products are compared as a number times powers of nodes, so that the order
 in which a model multiplies does not matter:
 
     gelu        0.5 x (1 + erf(x / sqrt(2)))
     gelu_tanh   0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
     silu        x sigmoid(x)
+    quick_gelu  x sigmoid(1.702 x)
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from pruna_ir.call import bind_arguments
+from pruna_ir.kernels.activations import QUICK_GELU_SLOPE
+from pruna_ir.passes.layer_parts import SPLITS, layer_part
 
 aten = torch.ops.aten
 
@@ -44,6 +49,15 @@ class Dense:
     """The reshape that flattens leading dimensions before an ``addmm``, where there is one."""
     unfit: str = ""
     """Why this layer cannot be fused, although it looks like one."""
+    part: tuple[int, int] | None = None
+    """The first output and the one behind the last, where the weight has others, too."""
+
+    @property
+    def outputs(self) -> int:
+        """How many outputs it has."""
+        if self.part is not None:
+            return self.part[1] - self.part[0]
+        return int(self.weight.meta["val"].shape[1 if self.transposed else 0])
 
 
 def dense(node: Any) -> Dense | None:
@@ -55,6 +69,9 @@ def dense(node: Any) -> Dense | None:
         return Dense((node,), bound["input"], bound["weight"], bound["bias"])
     if node.target is aten.addmm.default:
         return _addmm((node,), node, bind_arguments(node)["mat1"], None)
+    if (part := layer_part(node)) is not None:
+        whole = dense(part.source)
+        return part_of(whole, part.start, part.stop, part.nodes) if whole is not None else None
     if node.target not in _RESHAPES:
         return None
     product = bind_arguments(node)["self"]
@@ -67,6 +84,19 @@ def dense(node: Any) -> Dense | None:
     if not _same_rows(source, node, rows):
         return None
     return _addmm((node, product), product, source, rows)
+
+
+def part_of(
+    whole: Dense, start: int, stop: int, nodes: tuple[fx.Node, ...] = ()
+) -> Dense | None:
+    """The layer whose outputs are a part of another's; None where that is a part itself."""
+    if whole.part is not None:
+        return None
+    unfit = whole.unfit
+    stored = [whole.weight, *([whole.bias] if whole.bias is not None else [])]
+    if not unfit and any(tensor.op != "get_attr" for tensor in stored):
+        unfit = f"the weight of {whole.nodes[-1].name} is computed in the graph"
+    return replace(whole, nodes=(*nodes, *whole.nodes), part=(start, stop), unfit=unfit)
 
 
 def _same_rows(source: fx.Node, result: fx.Node, rows: fx.Node) -> bool:
@@ -113,27 +143,73 @@ def activation(node: Any) -> Activation | None:
         bound = bind_arguments(node)
         name = "gelu_tanh" if bound["approximate"] == "tanh" else "gelu"
         return Activation(name, bound["self"], (node,))
-    if node.target in (aten.relu.default, aten.silu.default):
-        name = "relu" if node.target is aten.relu.default else "silu"
-        return Activation(name, bind_arguments(node)["self"], (node,))
+    if node.target in _PLAIN:
+        return Activation(_PLAIN[node.target], bind_arguments(node)["self"], (node,))
     return _spelt_out(node)
 
 
+_PLAIN = {
+    aten.relu.default: "relu",
+    aten.silu.default: "silu",
+    aten.hardswish.default: "hardswish",
+    aten.sigmoid.default: "sigmoid",
+}
+
+
+_MOVERS = (
+    *_RESHAPES, *SPLITS, operator.getitem, aten.slice.Tensor, aten.permute.default,
+    aten.transpose.int, aten.flatten.using_ints, aten.unsqueeze.default, aten.squeeze.dim,
+)  # fmt: skip
+_OTHER_LAYERS = (
+    aten.layer_norm.default, aten.rms_norm.default, aten.batch_norm.default,
+    aten.group_norm.default, aten.dropout.default, aten.glu.default, aten.prelu.default,
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
+)  # fmt: skip
+_BENDS = frozenset(
+    "celu clamp elu erf exp gelu glu hardsigmoid hardswish hardtanh leaky_relu log_sigmoid mish "
+    "prelu relu relu6 selu sigmoid silu softplus tanh".split()
+)
+_FARTHEST = 32
+"""How many nodes two layers of one block may have between them."""
+
+
 def between_layers(node: fx.Node) -> str:
-    """The pointwise operators between dense layers and a node's value; empty for anything else."""
-    names, todo, seen = [], [node], {node}
+    """The names of what stands between dense layers and a node's value; empty for anything else.
+
+    Pointwise operators alone, or an activation with norms, convolutions and moves around it.
+    """
+    found, todo, seen = [], [node], {node}
+    pointwise = True
     while todo:
         current = todo.pop()
         if dense(current) is not None:
             continue
-        target = current.target
-        if not isinstance(target, torch._ops.OpOverload) or torch.Tag.pointwise not in target.tags:
+        if current.op == "get_attr" and current is not node:
+            pointwise = False
+            continue
+        plain = _is_pointwise(current)
+        if not (plain or current.target in _MOVERS or current.target in _OTHER_LAYERS):
             return ""
-        names.append(current.name)
+        if len(found) == _FARTHEST:
+            return ""
+        pointwise &= plain
+        found.append(current)
         sources = [source for source in current.all_input_nodes if source not in seen]
-        todo += sources
+        todo += [source for source in sources if source.target is not aten.sym_size.int]
         seen.update(sources)
-    return ", ".join(reversed(names))
+    if not pointwise and not any(_short_name(one) in _BENDS for one in found):
+        return ""
+    return ", ".join(one.name for one in reversed(found))
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+
+
+def _short_name(node: fx.Node) -> str:
+    parts = str(node.target).split(".")
+    return parts[1] if len(parts) > 1 else parts[0]
 
 
 # -- formulas ----------------------------------------------------------------------------------
@@ -217,8 +293,13 @@ def _spelt_out(node: fx.Node) -> Activation | None:
 def _gated_by(factor: fx.Node, x: fx.Node, scale: float) -> tuple[str, list[fx.Node]] | None:
     """The activation ``scale * x * factor``, by name, with the inner nodes of ``factor``."""
     if factor.target is aten.sigmoid.default:
-        silu = scale == 1.0 and bind_arguments(factor)["self"] is x
-        return ("silu", []) if silu else None
+        argument = _product(bind_arguments(factor)["self"])
+        if scale != 1.0 or argument.powers != Counter({x: 1}):
+            return None
+        if argument.scale == 1.0:
+            return "silu", argument.nodes
+        quick = _near(argument.scale, QUICK_GELU_SLOPE)
+        return ("quick_gelu", argument.nodes) if quick else None
     curve = _plus_one(factor)
     if curve is None or not _near(scale, 0.5):
         return None

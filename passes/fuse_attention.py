@@ -7,7 +7,7 @@
 
 Keys and values that are repeated for groups of queries are read as they are (Llama), numbers that
 scale queries or keys become part of ``scale``, a constant mask that is the causal one, or hides
-nothing, is said so. Projections stay: see ``kernels/attention.py``.
+nothing, is said so. Projections stay (see ``kernels/attention.py``), and one note a program says so.
 
 Where a formula hides every key of a query, it gives NaN and the operator zeros.
 """
@@ -23,6 +23,7 @@ from torch import fx
 
 import pruna_ir.kernels.attention
 from pruna_ir.call import bind_arguments
+from pruna_ir.passes.attention_surroundings import between_products, projections
 from pruna_ir.passes.attention_masks import Mask, insert_mask, mask_argument, settled
 from pruna_ir.passes.attention_patterns import (
     SOFTMAXES,
@@ -73,14 +74,21 @@ class FuseAttention(Pass):
 
     def rewrite(self, rw: Rewrite) -> None:
         """Look at every fused attention and every softmax."""
+        projected: list[fx.Node] = []
         for node in rw.calls(_SDPA, *SOFTMAXES):
             found = _fused(node) if node.target is _SDPA else _spelt_out(node)
             if isinstance(found, _Block):
                 found = _settled(rw, found)
             if isinstance(found, _Block):
+                projected += projections(found.query.node, found.key.node, found.value.node)
                 _fuse(rw, found)
             elif found:
                 rw.skip(node, found)
+        if projected:
+            count = len(set(projected))
+            layers = f"{count} layers project" if count > 1 else "one layer projects"
+            rw.note(projected[0], f"{layers} queries, keys and values; they stay layers: what "
+                                  "one product for all gains, a backend gains by itself")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,7 +131,7 @@ def _spelt_out(softmax: fx.Node) -> _Block | str:
     readers = _readers(softmax)
     outer = [node for node in readers if _multiplies(node, softmax)]
     if isinstance(found, str):
-        return found if outer else ""
+        return found if outer or between_products(softmax, bound["self"]) else ""
     if not outer:
         return _reason_without_product(readers)
     if len(readers) > 1:

@@ -21,6 +21,7 @@ from torch import fx
 import pruna_ir.kernels.conv_act
 from pruna_ir.call import Call, bind_arguments
 from pruna_ir.passes.batch_norm_folding import CONVOLUTIONS, Folded, apply_fold, try_fold
+from pruna_ir.passes.layer_activations import ACTIVATIONS, applied
 from pruna_ir.printer import print_node
 from pruna_ir.propagate import same_value
 from pruna_ir.transform import Effect, Pass, Rewrite
@@ -29,14 +30,6 @@ aten = torch.ops.aten
 CONV_ACT = pruna_ir.kernels.conv_act.KERNEL.op
 
 _NAMED_PADDING = (aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)
-_PLAIN = {
-    aten.relu.default: "relu",
-    aten.relu6.default: "relu6",
-    aten.hardswish.default: "hardswish",
-    aten.silu.default: "silu",
-    aten.sigmoid.default: "sigmoid",
-}
-_ACTIVATIONS = (*_PLAIN, aten.hardtanh.default, aten.leaky_relu.default, aten.gelu.default)
 _UNKNOWN = (
     aten.elu.default, aten.mish.default, aten.prelu.default, aten.softplus.default,
     aten.tanh.default, aten.hardsigmoid.default, aten.clamp.default, aten.celu.default,
@@ -165,7 +158,8 @@ def _complete(
     if activation is None:
         assert addition is not None
         return _Match(addition, norm, addition, folded, residual)
-    name, args = _activation(Call(rw.program, activation))
+    last = applied(activation)
+    name, args = last.name, last.arguments
     return _Match(activation, norm, addition, folded, residual, name, args)
 
 
@@ -189,7 +183,7 @@ def _is_addition(user: fx.Node, _node: fx.Node) -> bool:
 
 
 def _is_activation(user: fx.Node, _node: fx.Node) -> bool:
-    return user.target in _ACTIVATIONS
+    return user.target in ACTIVATIONS
 
 
 def _is_unknown(user: fx.Node, _node: fx.Node) -> bool:
@@ -230,18 +224,6 @@ def _residual(addition: Call, start: fx.Node) -> fx.Node | str:
             f"{start.name}{list(ours.shape)}"
         )
     return other
-
-
-def _activation(call: Call) -> tuple[str, tuple[float, ...]]:
-    target: Any = call.node.target
-    if target in _PLAIN:
-        return _PLAIN[target], ()
-    if target is aten.leaky_relu.default:
-        return "leaky_relu", (call.number("negative_slope"),)
-    if target is aten.gelu.default:
-        return ("gelu_tanh" if call.arg("approximate") == "tanh" else "gelu"), ()
-    bounds = call.number("min_val"), call.number("max_val")
-    return ("relu6", ()) if bounds == (0.0, 6.0) else ("hardtanh", bounds)
 
 
 def _fuse(rw: Rewrite, conv: fx.Node, match: _Match) -> None:

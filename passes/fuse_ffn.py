@@ -2,21 +2,21 @@
 
     y = w2 act(w1 x + b1) + b2                            BERT, GPT-2, ViT
     y = w2 (act(gate x + gate_bias) * (w1 x + b1)) + b2   Llama and other gated blocks
+    h, g = chunk(w x + b); y = w2 (act(g) * h) + b2       Phi-3, EVA-02: both in one weight
       -->
-    y = pruna::ffn(x, w1, b1, w2, b2, gate, gate_bias, act)
+    y = pruna::ffn(x, w1, b1, w2, b2, gate, gate_bias, act [, residual])
 
-The norm before a block and the sum behind it stay: both read and write their input once, which is
-1% to 4% of a block's time on a CPU (widths 192 to 2048), and matrix products of oneDNN and cuBLAS
-do not normalise what they read.
+A tensor of the result's shape that is added behind the block becomes its residual. The norm before
+it stays (see ``kernels/ffn.py`` for what fusing it could gain), and one note a program says so.
 
 ``ffn_patterns`` says which spellings of layers and activations are known. Weights of ``addmm``,
-[in, out], are stored transposed under a name of their own.
+[in, out], are stored transposed, and those of several layers apart, under names of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -24,8 +24,16 @@ from torch import fx
 
 import pruna_ir.kernels.ffn
 from pruna_ir.call import bind_arguments
-from pruna_ir.passes.ffn_patterns import Activation, Dense, activation, between_layers, dense
+from pruna_ir.passes.ffn_patterns import (
+    Activation,
+    Dense,
+    activation,
+    between_layers,
+    dense,
+    part_of,
+)
 from pruna_ir.program import dtype_of
+from pruna_ir.propagate import same_value
 from pruna_ir.transform import Effect, Pass, Rewrite
 
 aten = torch.ops.aten
@@ -37,11 +45,12 @@ class FuseFfn(Pass):
     """Replace two dense layers around an activation by ``pruna::ffn``.
 
     Rewrite:
-        h = linear(x, w1, b1); a = gelu(h); y = linear(a, w2, b2)
+        h = linear(x, w1, b1); a = gelu(h); y = linear(a, w2, b2); z = r + y
           -->
-        y = ffn(x, w1, b1, w2, b2, None, None, "gelu")
+        z = ffn(x, w1, b1, w2, b2, None, None, "gelu", r)
 
-    Requires: nobody else reads h or a; no dropout in training mode in between.
+    Requires: nobody else reads h, a or y; r has exactly the shape and dtype of y; no dropout in
+    training mode in between.
 
     >>> from pruna_ir import capture
     >>> from pruna_ir.transform import apply
@@ -58,6 +67,7 @@ class FuseFfn(Pass):
 
     def rewrite(self, rw: Rewrite) -> None:
         """Look at every dense layer as the second one of a block."""
+        normed: list[fx.Node] = []
         for node in rw.calls(aten.linear.default, aten.addmm.default):
             for block in _blocks(node):
                 if isinstance(block, str):
@@ -65,8 +75,16 @@ class FuseFfn(Pass):
                 elif reason := _reason_against(block):
                     rw.skip(block.down.nodes[0], reason)
                 else:
-                    _fuse(rw, block)
+                    normed += [block.up.input] if block.up.input.target in _NORMS else []
+                    _fuse(rw, _with_residual(block))
                     break
+        if normed:
+            blocks = f"{len(normed)} blocks read" if len(normed) > 1 else "one block reads"
+            rw.note(normed[0], f"{blocks} a norm's result; norms stay: matrix products do not "
+                               "normalise what they read")  # fmt: skip
+
+
+_NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 
 
 @dataclass(frozen=True)
@@ -79,6 +97,8 @@ class _Block:
     gate: Dense | None = None
     product: fx.Node | None = None
     dropout: fx.Node | None = None
+    addition: fx.Node | None = None
+    residual: fx.Node | None = None
 
     def nodes(self) -> tuple[fx.Node, ...]:
         """Every node of the block, its result included."""
@@ -121,6 +141,8 @@ def _plain(hidden: fx.Node, down: Dense, dropout: fx.Node | None) -> _Block | No
 
 
 def _gated(hidden: fx.Node, down: Dense, dropout: fx.Node | None) -> _Block | None:
+    if hidden.target is aten.glu.default:
+        return _glu(hidden, down, dropout)
     if hidden.target is not aten.mul.Tensor:
         return None
     bound = bind_arguments(hidden)
@@ -130,6 +152,36 @@ def _gated(hidden: fx.Node, down: Dense, dropout: fx.Node | None) -> _Block | No
         if act is not None and up is not None and gate is not None:
             return _Block(up, act, down, gate, hidden, dropout)
     return None
+
+
+def _glu(hidden: fx.Node, down: Dense, dropout: fx.Node | None) -> _Block | None:
+    """The block whose gate is ``glu``: the first half times the sigmoid of the second."""
+    bound = bind_arguments(hidden)
+    rank = len(hidden.meta["val"].shape)
+    whole = dense(bound["self"])
+    if whole is None or bound["dim"] % rank != rank - 1:
+        return None
+    half = whole.outputs // 2
+    up, gate = part_of(whole, 0, half), part_of(whole, half, 2 * half)
+    if up is None or gate is None:
+        return None
+    act = Activation("sigmoid", bound["self"], ())
+    return _Block(up, act, down, gate, hidden, dropout)
+
+
+def _with_residual(block: _Block) -> _Block:
+    """The block with what is added to its result, where that has the result's shape and dtype."""
+    last = block.down.nodes[0]
+    addition = next(iter(last.users)) if len(last.users) == 1 else None
+    if addition is None or addition.target is not aten.add.Tensor:
+        return block
+    bound = bind_arguments(addition)
+    other = bound["other"] if bound["self"] is last else bound["self"]
+    if bound["alpha"] != 1 or not isinstance(other, fx.Node) or other is last:
+        return block
+    if not same_value(last.meta["val"], other.meta["val"]):
+        return block
+    return replace(block, addition=addition, residual=other)
 
 
 def _reason_against(block: _Block) -> str:
@@ -149,6 +201,8 @@ def _reason_against(block: _Block) -> str:
             f"the gate reads {block.gate.input.name}, but the other layer reads "
             f"{block.up.input.name}"
         )
+    if block.gate is not None and block.gate.outputs != block.up.outputs:
+        return f"{block.gate.outputs} gates broadcast against {block.up.outputs} values"
     inside = set(block.nodes())
     for node in block.nodes()[1:]:
         outside = sorted(user.name for user in node.users if user not in inside)
@@ -168,33 +222,49 @@ def _reason_against_types(layers: list[Dense]) -> str:
 
 
 def _fuse(rw: Rewrite, block: _Block) -> None:
-    last = block.down.nodes[0]
-    gate = block.gate
+    gate, down = block.gate, block.down.nodes[0]
+    last = down if block.addition is None else block.addition
+    gate_weight, gate_bias = (None, None) if gate is None else _stored(rw, gate, last, "gate")
+    w1, b1 = _stored(rw, block.up, last, "" if gate is None else "value")
+    w2, b2 = _stored(rw, block.down, last, "")
     fused = rw.insert(
-        FFN,
-        before=last,
-        like=block.up.nodes[-1],
-        x=block.up.input,
-        w1=_weight(rw, block.up, last),
-        b1=block.up.bias,
-        w2=_weight(rw, block.down, last),
-        b2=block.down.bias,
-        gate_weight=None if gate is None else _weight(rw, gate, last),
-        gate_bias=None if gate is None else gate.bias,
-        activation=block.act.name,
-    )
+        FFN, before=last, like=block.up.nodes[-1], x=block.up.input, w1=w1, b1=b1, w2=w2, b2=b2,
+        gate_weight=gate_weight, gate_bias=gate_bias, activation=block.act.name,
+        residual=block.residual,
+    )  # fmt: skip
     kind = "gated " if gate is not None else ""
-    rw.applied(last, f"fused a {kind}{block.act.name} feed-forward block into {fused.name}")
+    with_residual = " with its residual" if block.residual is not None else ""
+    what = f"a {kind}{block.act.name} feed-forward block{with_residual}"
+    rw.applied(down, f"fused {what} into {fused.name}")
     rw.replace(last, fused)
+    if last is not down:
+        rw.erase(down)
 
 
-def _weight(rw: Rewrite, layer: Dense, before: fx.Node) -> fx.Node:
-    """A layer's weight as [out, in]."""
-    if not layer.transposed:
-        return layer.weight
-    name = str(layer.weight.target)
+def _stored(
+    rw: Rewrite, layer: Dense, before: fx.Node, role: str
+) -> tuple[fx.Node, fx.Node | None]:
+    """A layer's weight as [out, in], and its bias; what is not stored so is stored anew."""
+    if not layer.transposed and layer.part is None:
+        return layer.weight, layer.bias
+    kind = "transposed" if layer.part is None else role or "part"
+    weight = rw.program.tensor(str(layer.weight.target)).detach()
+    rows = slice(*layer.part) if layer.part is not None else slice(None)
+    weight = (weight.t() if layer.transposed else weight)[rows]
+    new = _copied(rw, layer.weight, weight, kind, before)
+    if layer.bias is None or layer.part is None:
+        return new, layer.bias
+    bias = rw.program.tensor(str(layer.bias.target)).detach()[rows]
+    return new, _copied(rw, layer.bias, bias, kind, before)
+
+
+def _copied(
+    rw: Rewrite, source: fx.Node, value: torch.Tensor, kind: str, before: fx.Node
+) -> fx.Node:
+    """A node for a value of a parameter's, under a name of its own; a parameter again."""
+    name = str(source.target)
     stored = rw.program.tensor(name)
-    turned = stored.detach().t().contiguous()
+    value = value.clone(memory_format=torch.contiguous_format)
     if isinstance(stored, torch.nn.Parameter):
-        turned = torch.nn.Parameter(turned, requires_grad=stored.requires_grad)
-    return rw.constant(turned, f"{name}_transposed", before=before)
+        value = torch.nn.Parameter(value, requires_grad=stored.requires_grad)
+    return rw.constant(value, f"{name}_{kind}", before=before)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,9 @@ from hypothesis import strategies as st
 from torch import fx
 
 from pruna_ir.errors import UsageError
-from pruna_ir.kernels.conv_act import ACTIVATIONS, KERNEL, conv_act, conv_act_reference
+from pruna_ir.kernels.activations import ACTIVATIONS
+from pruna_ir.kernels.conv_act import KERNEL, conv_act, conv_act_reference
+from tests.kernels.poison import poisoned
 
 ARGS = {"hardtanh": [-0.5, 0.75], "leaky_relu": [0.1]}
 
@@ -55,30 +59,99 @@ def test_equals_the_reference_for_any_shape(
     assert torch.equal(conv_act(*tensors, *rest), conv_act_reference(*tensors, *rest))
 
 
+SIDE = st.integers(1, 3)
+
+
+@st.composite
+def geometries(draw, spatial=SIDE, most=4):
+    """Sizes, kernel, stride, padding and dilation by dimension; at least one pixel comes out."""
+    lists = st.tuples(SIDE, SIDE, st.integers(0, 2), st.integers(1, 2), st.integers(0, most))
+    each = [draw(lists) for _ in range(draw(spatial))]
+    kernel, stride, padding, dilation, more = (list(numbers) for numbers in zip(*each, strict=True))
+    size = [
+        max(1, d * (k - 1) + 1 - 2 * p) + m
+        for k, p, d, m in zip(kernel, padding, dilation, more, strict=True)
+    ]
+    return size, kernel, stride, padding, dilation
+
+
+def drawn(geometry, batch, ins, outs, groups, dtype, seed=0):
+    """x, weight, bias, residual."""
+    size, kernel, stride, padding, dilation = geometry
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    x = normal(batch, ins * groups, *size)
+    weight, bias = normal(outs * groups, ins, *kernel), normal(outs * groups)
+    result = conv_act(x, weight, bias, None, stride, padding, dilation, groups, "none", [])
+    return x, weight, bias, normal(*result.shape)
+
+
+@settings(max_examples=80)
+@given(
+    geometries(), st.integers(1, 5), st.integers(1, 5), st.integers(1, 5), st.integers(1, 3),
+    st.sampled_from(ACTIVATIONS), st.booleans(), st.sampled_from(["", "before", "after"]),
+    st.integers(0, 99),
+)  # fmt: skip
+def test_fast_path_is_within_rounding_of_the_float64_reference(
+    geometry, batch, ins, outs, groups, activation, biased, added, seed
+):
+    size, kernel, *lists = geometry
+    x, weight, bias, residual = drawn(geometry, batch, ins, outs, groups, torch.float32, seed)
+    single = (x, weight, bias if biased else None, residual if added else None)
+    wide = [None if t is None else t.double() for t in single]
+    rest = (*lists, groups, activation, ARGS.get(activation, []), added == "after")
+    truth = conv_act_reference(*wide, *rest)
+    with poisoned():
+        found = conv_act(*single, *rest)
+    assert found.shape == truth.shape
+    assert found.dtype == torch.float32
+    # A sum of n products rounds n times, at 2^-24; no activation is steeper than 1.2.
+    absolute = [None if t is None else t.abs() for t in wide]
+    magnitude = float(conv_act_reference(*absolute, *lists, groups, "none", []).max()) + 1
+    terms = ins * math.prod(kernel) + 8
+    assert float((found.double() - truth).abs().max()) <= 2 * terms * 2**-24 * magnitude
+
+
 @settings(max_examples=60)
 @given(
-    st.integers(1, 3), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3),
-    st.integers(1, 3), st.integers(0, 2), st.integers(1, 2), st.integers(0, 4), st.integers(0, 99),
-)  # fmt: skip
-def test_any_geometry(
-    spatial, batch, ins, groups, kernel, stride, padding, dilation, more, seed
-):
+    geometries(), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.integers(0, 99)
+)
+def test_any_geometry(geometry, batch, ins, groups, seed):
     """Equal to torch's modules; what lies outside of the input is zero."""
-    size = max(1, dilation * (kernel - 1) + 1 - 2 * padding) + more
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, ins * groups, *[size] * spatial, generator=generator).double()
-    modules = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
-    conv = modules[spatial - 1](
-        ins * groups, 2 * groups, kernel, stride, padding, dilation, groups
-    ).double()
-    lists = [[n] * spatial for n in (stride, padding, dilation)]
-    tensors = (x, conv.weight.detach(), conv.bias.detach(), None)
-    found = conv_act(*tensors, *lists, groups, "relu", [])
-    torch.testing.assert_close(found, conv(x).relu().detach(), rtol=1e-12, atol=1e-12)
+    size, kernel, stride, padding, dilation = geometry
+    tensors = drawn(geometry, batch, ins, 2, groups, torch.float64, seed)[:3]
+    module = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)[len(size) - 1]
+    conv = module(ins * groups, 2 * groups, kernel, stride, padding, dilation, groups).double()
+    conv.weight.data, conv.bias.data = tensors[1:]
+    lists = (stride, padding, dilation)
+    found = conv_act(*tensors, None, *lists, groups, "relu", [])
+    torch.testing.assert_close(found, conv(tensors[0]).relu().detach(), rtol=1e-12, atol=1e-12)
     fake = torch._subclasses.FakeTensorMode()
     with fake:
-        inside = [None if t is None else fake.from_tensor(t) for t in tensors]
-        assert conv_act(*inside, *lists, groups, "relu", []).shape == found.shape
+        inside = [fake.from_tensor(t) for t in tensors]
+        assert conv_act(*inside, None, *lists, groups, "relu", []).shape == found.shape
+
+
+@settings(max_examples=25)
+@given(
+    geometries(most=1), st.integers(1, 5), st.integers(1, 2), st.integers(1, 2),
+    st.integers(1, 2), st.sampled_from(ACTIVATIONS), st.sampled_from(["", "before", "after"]),
+    st.integers(0, 99),
+)  # fmt: skip
+def test_gradients_of_any_geometry_at_float64(
+    geometry, batch, ins, outs, groups, activation, added, seed
+):
+    tensors = drawn(geometry, batch, ins, outs, groups, torch.float64, seed)
+    tensors = [t.requires_grad_() for t in tensors[: 4 if added else 3]]
+    rest = (*geometry[2:], groups, activation, ARGS.get(activation, []), added == "after")
+
+    def layer(x, weight, bias, residual=None):
+        return conv_act(x, weight, bias, residual, *rest)
+
+    assert torch.autograd.gradcheck(layer, tensors, fast_mode=True)
 
 
 def test_means_what_the_modules_compute():
@@ -150,14 +223,12 @@ def test_the_operands_keep_their_values():
     assert all(torch.equal(t, c) for t, c in zip(tensors, copies, strict=True))
 
 
-def test_uninitialised_memory_never_shows():
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(mode=True)
-    try:
-        y = conv_act(*draw(2, 7, 1, torch.float32), *options(2, 1, "relu"))
-    finally:
-        torch.use_deterministic_algorithms(mode=False)
-    assert not torch.isnan(y).any()
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_nan_is_not_hidden(activation):
+    x, weight, bias, _ = draw(2, 5, 1, torch.float32)
+    x[1, 0, 2, 2] = torch.nan
+    found = conv_act(x, weight, bias, None, *options(2, 1, activation))
+    assert torch.isnan(found).flatten(1).any(1).tolist() == [False, True]
 
 
 def test_the_reference_traces_with_proxies():

@@ -10,10 +10,13 @@ from torch import fx
 
 from pruna_ir.errors import UsageError
 from pruna_ir.kernels.ffn import ACTIVATIONS, KERNEL, _onednn, ffn, ffn_reference
+from tests.kernels.poison import poisoned
 
 
-def draw(shape, width, hidden, out, *, gated, biased, dtype=torch.float64, seed=0):
-    """x, w1, b1, w2, b2, gate_weight, gate_bias."""
+def draw(
+    shape, width, hidden, out, *, gated, biased, added=False, dtype=torch.float64, seed=0
+):
+    """x, w1, b1, w2, b2, gate_weight, gate_bias; with ``added`` the residual behind them."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*sizes: int) -> torch.Tensor:
@@ -22,37 +25,72 @@ def draw(shape, width, hidden, out, *, gated, biased, dtype=torch.float64, seed=
     x, w1, w2 = normal(*shape, width), normal(hidden, width), normal(out, hidden)
     biases = [normal(n) if biased else None for n in (hidden, out, hidden)]
     gate = normal(hidden, width) if gated else None
-    return [x, w1, biases[0], w2, biases[1], gate, biases[2] if gated else None]
+    found = [x, w1, biases[0], w2, biases[1], gate, biases[2] if gated else None]
+    return [*found, normal(*shape, out)] if added else found
 
 
-@settings(max_examples=40)
+def run(function, tensors, activation):
+    """The block of tensors from `draw`, with a residual where there is one."""
+    return function(*tensors[:7], activation, *tensors[7:])
+
+
+@settings(max_examples=60)
 @given(
-    st.lists(st.integers(1, 4), min_size=0, max_size=3), st.integers(1, 9), st.integers(1, 9),
-    st.integers(1, 9), st.sampled_from(ACTIVATIONS), st.booleans(), st.booleans(),
+    st.lists(st.integers(1, 5), min_size=0, max_size=3), st.integers(1, 9), st.integers(1, 9),
+    st.integers(1, 9), st.sampled_from(ACTIVATIONS), st.booleans(), st.booleans(), st.booleans(),
     st.integers(0, 99),
 )  # fmt: skip
 def test_fast_path_is_within_rounding_of_the_float64_reference(
-    shape, width, hidden, out, activation, gated, biased, seed
+    shape, width, hidden, out, activation, gated, biased, added, seed
 ):
-    tensors = draw(shape, width, hidden, out, gated=gated, biased=biased, seed=seed)
+    tensors = draw(shape, width, hidden, out, gated=gated, biased=biased, added=added, seed=seed)
     single = [None if t is None else t.float() for t in tensors]
-    truth = ffn_reference(*[None if t is None else t.double() for t in single], activation)
-    found = ffn(*single, activation)
+    truth = run(ffn_reference, [None if t is None else t.double() for t in single], activation)
+    with poisoned():
+        found = run(ffn, single, activation)
     assert found.shape == truth.shape
     assert found.dtype == torch.float32
-    # |act(h)| <= |h|, so relu on absolute values bounds every sum; each rounds at 2^-24, and no
-    # sum has more than 9 terms (the activation itself is good to a few ulps).
+    # |act(h)| <= |h| (a sigmoid is below 1), so these on absolute values bound every sum; each
+    # rounds at 2^-24, and no sum has more than 10 terms (the activation itself is good to a few
+    # ulps).
     absolute = [None if t is None else t.double().abs() for t in single]
-    magnitude = float(ffn_reference(*absolute, "relu").max())
-    assert float((found.double() - truth).abs().max()) <= 32 * 2**-24 * magnitude
+    magnitude = max(
+        float(run(ffn_reference, absolute, name).max()) for name in ("relu", "sigmoid")
+    )
+    # A sigmoid's slope at 1.702 h carries the error of h.
+    assert float((found.double() - truth).abs().max()) <= 32 * 2**-24 * magnitude  # NaN fails
 
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_equals_the_reference_bit_for_bit_beyond_float32(activation, dtype, gated):
-    tensors = draw([2, 3], 5, 7, 4, gated=gated, biased=True, dtype=dtype)
-    assert torch.equal(ffn(*tensors, activation), ffn_reference(*tensors, activation))
+    tensors = draw([2, 3], 5, 7, 4, gated=gated, biased=True, added=True, dtype=dtype)
+    assert torch.equal(run(ffn, tensors, activation), run(ffn_reference, tensors, activation))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_nan_is_not_hidden(activation, gated):
+    tensors = draw([3], 5, 7, 4, gated=gated, biased=True, added=True, dtype=torch.float32)
+    tensors[0][1, 2] = torch.nan
+    found = run(ffn, tensors, activation)
+    assert torch.isnan(found).all(1).tolist() == [False, True, False]
+
+
+def test_the_operands_keep_their_values():
+    tensors = draw([3], 5, 7, 4, gated=True, biased=True, added=True, dtype=torch.float32)
+    copies = [t.clone() for t in tensors]
+    run(ffn, tensors, "silu")
+    assert all(torch.equal(t, c) for t, c in zip(tensors, copies, strict=True))
+
+
+def test_the_residual_counts():
+    """A control."""
+    tensors = draw([3], 5, 7, 4, gated=False, biased=True, added=True, dtype=torch.float32)
+    plain = run(ffn, tensors[:7], "gelu")
+    torch.testing.assert_close(run(ffn, tensors, "gelu"), plain + tensors[7])
+    assert float((run(ffn, tensors, "gelu") - plain).abs().max()) > 0.1
 
 
 def test_the_fast_path_reads_tensors_in_any_layout():
@@ -69,41 +107,47 @@ def test_empty_batch():
     assert ffn(*tensors, "silu").shape == (0, 4)
 
 
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradients_at_float64(activation, gated):
-    tensors = draw([2], 3, 4, 2, gated=gated, biased=True)
+@settings(max_examples=25)
+@given(
+    st.lists(st.integers(1, 3), max_size=2), st.integers(1, 4), st.integers(1, 4),
+    st.integers(1, 4), st.sampled_from(ACTIVATIONS), st.booleans(), st.booleans(), st.booleans(),
+    st.integers(0, 99),
+)  # fmt: skip
+def test_gradients_at_float64(shape, width, hidden, out, activation, gated, biased, added, seed):
+    tensors = draw(shape, width, hidden, out, gated=gated, biased=biased, added=added, seed=seed)
     leaves = [t.requires_grad_() for t in tensors if t is not None]
 
-    def run(*given):
+    def block(*given):
         it = iter(given)
-        return ffn(*[None if t is None else next(it) for t in tensors], activation)
+        return run(ffn, [None if t is None else next(it) for t in tensors], activation)
 
-    assert torch.autograd.gradcheck(run, leaves)
+    assert torch.autograd.gradcheck(block, leaves)
 
 
 def test_second_gradients_at_float64():
-    tensors = [t.requires_grad_() for t in draw([2], 2, 3, 2, gated=True, biased=True)]
-    assert torch.autograd.gradgradcheck(lambda *t: ffn(*t, "silu"), tensors)
+    tensors = [t.requires_grad_() for t in draw([2], 2, 3, 2, gated=True, biased=True, added=True)]
+    assert torch.autograd.gradgradcheck(lambda *t: run(ffn, t, "silu"), tensors)
+
+
+def test_gradients_of_one_tensor_alone():
+    tensors = draw([2], 3, 4, 2, gated=True, biased=True, added=True)
+    for place, tensor in enumerate(tensors):
+        leaf = tensor.clone().requires_grad_()
+        given = [leaf if place == k else t for k, t in enumerate(tensors)]
+        run(ffn, given, "silu").sum().backward()
+        (expected,) = torch.autograd.grad(run(ffn_reference, given, "silu").sum(), [leaf])
+        assert torch.equal(leaf.grad, expected)
 
 
 def test_registration_follows_torch_rules():
     for gated in (False, True):
-        tensors = draw([2, 3], 5, 7, 4, gated=gated, biased=gated, dtype=torch.float32)
+        tensors = draw(
+            [2, 3], 5, 7, 4, gated=gated, biased=gated, added=gated, dtype=torch.float32
+        )
         for t in tensors:
             if t is not None:
                 t.requires_grad_()
-        torch.library.opcheck(KERNEL.op, (*tensors, "gelu"))
-
-
-def test_uninitialised_memory_never_shows():
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(mode=True)
-    try:
-        y = ffn(*draw([3], 5, 7, 4, gated=True, biased=False, dtype=torch.float32), "silu")
-    finally:
-        torch.use_deterministic_algorithms(mode=False)
-    assert not torch.isnan(y).any()
+        torch.library.opcheck(KERNEL.op, (*tensors[:7], "gelu", *tensors[7:]))
 
 
 def test_the_activation_counts():
@@ -143,3 +187,10 @@ def test_refuses_shapes_that_do_not_fit():
     tensors[3] = tensors[3][:, :-1]
     with pytest.raises(RuntimeError, match=r"w1 \[4, 3\], w2 \[2, 3\]"):
         ffn(*tensors, "relu")
+
+
+@pytest.mark.parametrize("residual", [torch.zeros(1, 2).double(), torch.zeros(2, 2)])
+def test_refuses_a_residual_that_broadcasts_or_has_another_dtype(residual):
+    tensors = draw([2], 3, 4, 2, gated=False, biased=False)
+    with pytest.raises(RuntimeError, match=r"the result torch.float64 \[2, 2\]"):
+        ffn(*tensors, "relu", residual)

@@ -41,7 +41,7 @@ floats = dict.fromkeys(["x", "weight", "bias", "gate", "gate_bias", "residual", 
 for kind, precision in (("fp32", "tf32"), ("bf16", "ieee")):
     build(triton_ffn._kernel(), kind, floats, {
         "ACTIVATION": "silu", "BIASED": True, "GATED": True, "GATE_BIASED": True,
-        "PRECISION": precision, "DEPTH": 32,
+        "ADDED": True, "PRECISION": precision, "DEPTH": 32,
     }, 64)
 build(triton_conv_act._kernel(), "fp32", floats, {
     "TAPS_H": 3, "TAPS_W": 3, "STRIDE_H": 2, "STRIDE_W": 1, "PADDING_H": 1, "PADDING_W": 1,

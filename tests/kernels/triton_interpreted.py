@@ -13,7 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F  # noqa: N812
 
-from pruna_ir.kernels import conv_act, ffn, int8_linear, triton_ffn, triton_int8_linear
+from pruna_ir.kernels import (
+    activations,
+    conv_act,
+    ffn,
+    int8_linear,
+    triton_ffn,
+    triton_int8_linear,
+)
 from pruna_ir.kernels import triton_conv_act as triton_conv
 
 
@@ -44,7 +51,7 @@ def assert_near(found, truth, magnitude, terms, dtype):
     assert worst <= bound  # NaN fails
 
 
-_ACTIVATION = st.sampled_from(conv_act.ACTIVATIONS)
+_ACTIVATION = st.sampled_from(activations.ACTIVATIONS)
 _ARGS = {"hardtanh": [-0.5, 0.75], "leaky_relu": [0.1]}
 _DTYPE = st.sampled_from([torch.float32, torch.float16])
 
@@ -95,11 +102,11 @@ def test_convolutions(
 @settings(max_examples=60)
 @given(
     st.lists(st.integers(1, 5), max_size=2), st.integers(1, 70), st.integers(1, 40),
-    st.integers(1, 40), st.sampled_from(ffn.ACTIVATIONS), st.booleans(), st.booleans(), _DTYPE,
-    st.integers(0, 99),
+    st.integers(1, 40), st.sampled_from(ffn.ACTIVATIONS), st.booleans(), st.booleans(),
+    st.booleans(), _DTYPE, st.integers(0, 99),
 )  # fmt: skip
 def test_feed_forward_blocks(
-    lead, width, hidden, out, activation, gated, biased, dtype, seed
+    lead, width, hidden, out, activation, gated, biased, added, dtype, seed
 ):
     generator = torch.Generator().manual_seed(seed)
     x, w1 = normal(generator, *lead, width), normal(generator, hidden, width) / width
@@ -112,10 +119,15 @@ def test_feed_forward_blocks(
             b3 if gated and biased else None,
         )
     ]  # fmt: skip
-    found = triton_ffn.ffn(*tensors, activation)
-    truth = ffn.ffn_reference(*wide(tensors), activation)
-    positive = [None if t is None else t.abs() for t in wide(tensors)]
-    magnitude = float(ffn.ffn_reference(*positive, "relu").max())
+    residual = normal(generator, *lead, out, dtype=dtype) if added else None
+    found = triton_ffn.ffn(*tensors, activation, residual)
+    truth = ffn.ffn_reference(*wide(tensors), activation, *wide([residual]))
+    positive = [None if t is None else t.abs() for t in wide([*tensors, residual])]
+    # A sigmoid is below 1, every other activation below its operand.
+    magnitude = max(
+        float(ffn.ffn_reference(*positive[:-1], name, positive[-1]).max())
+        for name in ("relu", "sigmoid")
+    )
     assert_near(found, truth, magnitude, 2 * (width + hidden), dtype)
 
 
@@ -145,7 +157,7 @@ def test_integer_sums_are_exact_to_their_limit():
     assert float(y) == float(torch.tensor(float((2**17 - 1) * 128**2 + 127**2)))
 
 
-@pytest.mark.parametrize("activation", conv_act.ACTIVATIONS)
+@pytest.mark.parametrize("activation", activations.ACTIVATIONS)
 def test_a_nan_stays_one(activation):
     x = torch.tensor([[[[1.0, math.nan, -2.0]]]])
     args = _ARGS.get(activation, [])

@@ -84,6 +84,159 @@ def test_decomposes_into_what_it_was():
     assert sorted(targets(spelt_out)) == sorted(targets(program))
 
 
+def test_a_residual_before_and_after():
+    program = program_of(lambda x, up, _gate, down: x + down(F.gelu(up(x))))
+    result = fused(program)
+    (line,) = [line for line in print_program(result.program).splitlines() if "ffn(" in line]
+    assert line == (
+        "  %ffn = pruna.ffn(%x, @up.weight, @up.bias, @down.weight, @down.bias, "
+        "activation=gelu, %x) : float32[batch, 5, 3]"
+    )
+    assert targets(result.program) == [FUSED]
+    (remark,) = result.remarks
+    assert remark.message == "fused a gelu feed-forward block with its residual into ffn"
+    assert targets(decompose(result.program))[-2:] == ["aten.linear", "aten.add.Tensor"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, up, _gate, down: torch.add(x, down(F.gelu(up(x))), alpha=2),
+        lambda x, up, _gate, down: down(F.gelu(up(x))) + 1.0,
+        lambda x, up, _gate, down: down(F.gelu(up(x))) + x[:, :1],
+        lambda x, up, _gate, down: (lambda y: y + y)(down(F.gelu(up(x)))),
+        lambda x, up, _gate, down: (lambda y: (y + x) * y)(down(F.gelu(up(x)))),
+    ],
+)
+def test_other_sums_stay(function):
+    result = fused(program_of(function))
+    (node,) = (node for node in result.program.calls() if "ffn" in str(node.target))
+    assert fuse_ffn.bind_arguments(node)["residual"] is None
+    assert "aten.add.Tensor" in targets(result.program)
+
+
+def test_what_became_of_norms_and_residuals_on_a_real_model():
+    result = fused(canonical("gpt2"))
+    added = [fuse_ffn.bind_arguments(node)["residual"] for node in result.program.calls(fuse_ffn.FFN)]
+    assert [node is not None for node in added] == [True, True]
+    (note,) = [remark.message for remark in result.remarks if remark.kind == "note"]
+    assert note == (
+        "2 blocks read a norm's result; norms stay: matrix products do not normalise what they read"
+    )
+
+
+# -- several layers in one weight --------------------------------------------------------------
+
+
+class Packed(nn.Module):
+    """A block whose first layers are stored in one weight."""
+
+    def __init__(self, function, *, bias=True):
+        super().__init__()
+        self.function = function
+        self.both, self.down = nn.Linear(3, 12, bias=bias), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.down(self.function(self.both(x)))
+
+
+def packed(function, *, bias=True) -> Program:
+    torch.manual_seed(0)
+    program = capture(Packed(function, bias=bias), (torch.randn(2, 5, 3),))
+    return apply(Canonicalize(), program).program
+
+
+def _chunk(h):
+    gate, value = h.chunk(2, -1)
+    return F.silu(gate) * value
+
+
+def _split(h):
+    value, gate = h.split(6, 2)
+    return value * F.silu(gate)
+
+
+def _sizes(h):
+    value, gate = torch.split(h, [6, 6], -1)
+    return F.silu(gate) * value
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("function", "gate"),
+    [
+        (_chunk, slice(0, 6)),
+        (_split, slice(6, 12)),
+        (_sizes, slice(6, 12)),
+        (lambda h: F.silu(h[..., :6]) * h[..., 6:], slice(0, 6)),
+        (lambda h: F.glu(h, -1), slice(6, 12)),
+    ],
+)
+def test_packed_gates(function, gate, bias):
+    before = packed(function, bias=bias)
+    after = fused(before).program
+    assert targets(after) == [FUSED]
+    whole, value = before.tensor("both.weight"), slice(6 - gate.start, 12 - gate.start)
+    assert torch.equal(after.tensor("both.weight_gate"), whole[gate])
+    assert torch.equal(after.tensor("both.weight_value"), whole[value])
+    assert after.tensor("both.weight_gate").requires_grad
+    assert "both.weight" not in after.tensors()
+    if bias:
+        assert torch.equal(after.tensor("both.bias_gate"), before.tensor("both.bias")[gate])
+
+
+def _third_part(h):
+    return F.silu(h[..., :6]) * h[..., 6:] + h[..., :1]
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda h: torch.tanh(h[..., :6]) * h[..., 6:], "what tanh, mul computes between two"),
+        (lambda h: F.silu(h[..., :6]), None),
+        (lambda h: F.silu(h[..., :6]) * h[..., 6:7], "6 gates broadcast against 1 values"),
+        (_third_part, "what silu, mul, add computes between two layers"),
+        (lambda h: F.layer_norm(_chunk(h), [6]), "what silu, mul, layer_norm computes between"),
+    ],
+)  # fmt: skip
+def test_other_parts(function, reason):
+    result = fused(packed(function))
+    messages = missed(result)
+    assert result.modified is (reason is None)
+    assert len(messages) == (reason is not None)
+    assert all(message.startswith(reason) for message in messages)
+
+
+def test_a_packed_weight_that_is_computed_stays():
+    def f(x, up, gate, down):
+        both = F.linear(x, torch.cat([up.weight, gate.weight]))
+        return down(F.silu(both[..., :6]) * both[..., 6:])
+
+    assert missed(fused(program_of(f))) == ["the weight of linear is computed in the graph"]
+
+
+def test_a_convolution_between_two_layers_is_named():
+    """As PVT v2's blocks have it."""
+    conv = nn.Conv1d(6, 6, 3, padding=1, groups=6)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.conv, self.down = nn.Linear(3, 6), conv, nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.down(F.gelu(self.conv(self.up(x).mT).mT))
+
+    program = apply(Canonicalize(), capture(Net(), (torch.randn(2, 5, 3),))).program
+    assert missed(fused(program)) == [
+        "what transpose, conv1d, transpose_1, gelu computes between two layers is no activation "
+        "that ffn has"
+    ]
+
+
+# -- real models -------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("name", "blocks"),
     [("vit", 2), ("timm_vit", 2), ("swin", 3), ("gpt2", 2), ("bert", 2), ("llama", 2)],
@@ -108,6 +261,8 @@ _ACTIVATIONS = {
     "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
     "relu": torch.relu,
     "silu": F.silu,
+    "hardswish": F.hardswish,
+    "sigmoid": torch.sigmoid,
 }
 _SPELT_OUT = [
     ("gelu", lambda h: 0.5 * h * (1 + torch.erf(h / math.sqrt(2)))),
@@ -116,6 +271,8 @@ _SPELT_OUT = [
     ("gelu_tanh", lambda h: 0.5 * h * (1 + torch.tanh(C * (0.044715 * h * h * h + h)))),
     ("gelu_tanh", lambda h: 0.5 * h * (1 + torch.tanh(h * 0.7978845608 * (1 + 0.044715 * h * h)))),
     ("silu", lambda h: h * torch.sigmoid(h)),
+    ("quick_gelu", lambda h: h * torch.sigmoid(1.702 * h)),
+    ("quick_gelu", lambda h: torch.sigmoid(h * 1.702) * h),
 ]
 
 
@@ -161,7 +318,8 @@ def test_formulas_are_recognised(name, formula, gated):
         lambda h: 0.5 * h * (2 + torch.tanh(C * (h + 0.044715 * torch.pow(h, 3.0)))),
         lambda h: 0.5 * h * (1 + torch.erf(h / 1.4)),
         lambda h: h * h * torch.sigmoid(h),
-        lambda h: h * torch.sigmoid(1.702 * h),
+        lambda h: h * torch.sigmoid(1.7 * h),
+        lambda h: 2 * h * torch.sigmoid(1.702 * h),
     ],
 )
 def test_other_formulas_are_left_alone(formula):
