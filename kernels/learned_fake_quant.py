@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from pruna_ir.kernels.fake_quant import fake_quant_gradients, fake_quantised
+from pruna_ir.kernels.fake_quant import fake_quant_gradients, fake_quantised, is_centred
 
 
 def zero_point_of(
@@ -95,7 +95,9 @@ class _Learned(torch.autograd.Function):
         rounding: bool,
         cap: float | None,
     ) -> torch.Tensor:
-        y = fake_quantised(x, scale, zero_point, axis, qmin, qmax, cap)
+        # Looking takes longer than quantising a small weight.
+        ctx.centred = axis is not None and is_centred(zero_point)
+        y = fake_quantised(x, scale, zero_point, axis, qmin, qmax, cap, ctx.centred)
         ctx.save_for_backward(x, y, scale, zero_point)
         ctx.axis, ctx.qmin, ctx.qmax, ctx.rounding, ctx.cap = axis, qmin, qmax, rounding, cap
         return y
@@ -108,6 +110,7 @@ class _Learned(torch.autograd.Function):
         to_x, to_scale = fake_quant_gradients(
             grad, x, y, scale, zero_point, ctx.axis, ctx.qmin, ctx.qmax,
             wanted=wanted, rounding=ctx.rounding, cap=ctx.cap,
+            centred=ctx.centred,
         )  # fmt: skip
         to_shift = None
         if ctx.needs_input_grad[2] and to_x is not None:
