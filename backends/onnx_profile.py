@@ -20,7 +20,9 @@ from typing import Any
 from pruna_ir.onnx_export import module_scopes
 
 _ENDING = re.compile(r"(_nchwc|_nhwc|_token_\d+|_quant|/MatMulScaleFusion/)$")
-_COSTLY = frozenset({"Conv", "ConvTranspose", "Einsum", "Gemm", "GRU", "LSTM", "MatMul"})
+_COSTLY = frozenset(
+    {"Conv", "ConvTranspose", "Einsum", "Gemm", "GRU", "LSTM", "MatMul", "MatMulIntegerToFloat"}
+)
 _FUSED = frozenset(
     {
         "Add", "BatchNormalization", "Clip", "DequantizeLinear", "Elu", "Erf", "Gelu",

@@ -4,16 +4,12 @@ The model comes from `pruna_ir.onnx_export`: checked, with the program's names a
 dimensions, quantisers as QuantizeLinear/DequantizeLinear pairs, weights stored in one byte each.
 
 ONNX Runtime turns the pairs into integer kernels when it loads the model. On x86 it wants unsigned
-activations, and both inputs of a residual add quantised. It has no int8 kernel for a Gemm with a
-float bias, but one for a product of two dequantised matrices:
-
-    Gemm(DequantizeLinear(A8), DequantizeLinear(B8), c)
-      -->
-    Add(MatMul(DequantizeLinear(A8), DequantizeLinear(B8')), c)    B8' = B8, transposed if transB
-
-so such Gemms are split here, and the optimiser ``MatMulAddFusion``, which would undo it, is off
-for models that hold DequantizeLinear and MatMul; the manifest's fact ``disabled_optimizers`` says
-so, for whoever loads ``model.onnx`` by other means.
+activations, and both inputs of a residual add quantised. Products are written as its own operator
+for integers (see `onnx_products`), weight-only ones likewise (`pruna_ir.onnx_blocks`), and first
+convolutions so that their kernel is fast (`onnx_strided_images`). A product of dequantised tensors
+that none of this takes stays a MatMul; then the optimiser ``MatMulAddFusion``, which would make a
+float Gemm of it, is off, and the manifest's fact ``disabled_optimizers`` says so, for whoever
+loads ``model.onnx`` by other means.
 """
 
 from __future__ import annotations
@@ -21,7 +17,6 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -32,7 +27,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from pruna_ir.backends.onnx_products import integer_products
 from pruna_ir.backends.onnx_profile import module_names
+from pruna_ir.backends.onnx_strided_images import fold_strides
 from pruna_ir.errors import LoweringError, ToolchainError
 from pruna_ir.lowering import (
     MANIFEST,
@@ -61,7 +58,9 @@ class ToOnnx:
 
     name: ClassVar[str] = "onnx"
     api_version: ClassVar[int] = API_VERSION
-    scheme: ClassVar[QuantScheme] = QuantScheme(U8_ASYMMETRIC, residual="both")
+    scheme: ClassVar[QuantScheme] = QuantScheme(
+        U8_ASYMMETRIC, residual="both", fused_attention="plain"
+    )
     zeros: ClassVar[Mapping[str, str]] = {"": "dense speed: zeros are multiplied like any number"}
 
     def availability(self) -> Availability:
@@ -81,7 +80,8 @@ class ToOnnx:
         context.progress("onnx: exporting", 0, 1)
         model = export_onnx(program)
         pack_products(model)
-        split_gemms(model.graph)
+        integer_products(model)
+        fold_strides(model.graph)
         (folder / MAIN).write_bytes(model.SerializeToString())
         context.progress("onnx: exporting", 1, 1)
         return Lowered(
@@ -120,8 +120,10 @@ def _missing(packages: Sequence[str]) -> str:
 
 
 def _disabled_optimizers(model: Any) -> list[str]:
-    kinds = {node.op_type for node in model.graph.node}
-    return ["MatMulAddFusion"] if {"DequantizeLinear", "MatMul"} <= kinds else []
+    nodes = model.graph.node
+    made = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
+    products = (node for node in nodes if node.op_type == "MatMul")
+    return ["MatMulAddFusion"] if any(made & set(node.input) for node in products) else []
 
 
 def _stated_optimizers(folder: Path) -> list[str]:
@@ -132,69 +134,6 @@ def _stated_optimizers(folder: Path) -> list[str]:
         "disabled_optimizers", []
     )
     return stated
-
-
-# -- shaping for ONNX Runtime ---------------------------------------------------------------------
-
-
-def split_gemms(graph: Any) -> int:
-    """Split, in place, every Gemm of two dequantised matrices; returns how many (see module)."""
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    dequantized = {n.output[0]: n for n in graph.node if n.op_type == "DequantizeLinear"}
-    readers = Counter(name for node in graph.node for name in node.input)
-    nodes: list[Any] = []
-    count = 0
-    for node in graph.node:
-        parts = _split(node, constants, dequantized, readers) if node.op_type == "Gemm" else None
-        count += parts is not None
-        for part in parts or ():
-            # Whose module they are: profiles name them after it.
-            part.metadata_props.extend(node.metadata_props)
-        nodes += [node] if parts is None else parts
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend(nodes)
-    graph.initializer.extend(constants.values())
-    return count
-
-
-def _split(
-    gemm: Any, constants: dict[str, Any], dequantized: dict[str, Any], readers: Counter[str]
-) -> list[Any] | None:
-    """MatMul and Add for a Gemm; None where it is not of that form."""
-    from onnx import helper
-
-    attributes = {a.name: helper.get_attribute_value(a) for a in gemm.attribute}
-    plain = all(attributes.get(name, 1.0) == 1.0 for name in ("alpha", "beta"))
-    weight = dequantized.get(gemm.input[1])
-    if not plain or attributes.get("transA") or weight is None:
-        return None
-    if gemm.input[0] not in dequantized or weight.input[0] not in constants:
-        return None
-    if attributes.get("transB") and not _transpose(weight, constants, readers):
-        return None
-    (result,) = gemm.output
-    if len(gemm.input) < 3:
-        return [helper.make_node("MatMul", gemm.input[:2], [result], name=gemm.name)]
-    product = f"{result}_product"
-    return [
-        helper.make_node("MatMul", gemm.input[:2], [product], name=gemm.name),
-        helper.make_node("Add", [product, gemm.input[2]], [result], name=f"{gemm.name}_bias"),
-    ]
-
-
-def _transpose(weight: Any, constants: dict[str, Any], readers: Counter[str]) -> bool:
-    """Transpose a weight's integers under its DequantizeLinear, where nobody else reads them."""
-    from onnx import numpy_helper
-
-    name = weight.input[0]
-    if readers[name] > 1 or readers[weight.output[0]] > 1:
-        return False
-    integers = numpy_helper.to_array(constants[name])
-    constants[name] = numpy_helper.from_array(np.array(integers.T, order="C"), name)
-    for attribute in weight.attribute:
-        if attribute.name == "axis":
-            attribute.i = 1 - attribute.i % 2
-    return True
 
 
 # -- running -----------------------------------------------------------------------------------

@@ -62,7 +62,8 @@ class ToOpenvino:
     name: ClassVar[str] = "openvino"
     api_version: ClassVar[int] = API_VERSION
     scheme: ClassVar[QuantScheme] = QuantScheme(
-        U8_ASYMMETRIC, residual="identity", fused_attention=True, nearly_symmetric=0.1,
+        U8_ASYMMETRIC, residual="identity", fused_attention="any", signed_queries=True,
+        nearly_symmetric=0.1,
         layer_outputs=False,
     )  # fmt: skip
     """Unsigned activations; of a residual add only the identity branch is quantised, since the

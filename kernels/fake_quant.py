@@ -33,18 +33,15 @@ from __future__ import annotations
 import ctypes
 import math
 import struct
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
+from pruna_ir.kernels.dense_pieces import channel_pieces, chunks, is_dense
 from pruna_ir.kernels.kernel import Kernel
 
 _aten = torch.ops.aten
 _REDUCED = (torch.float16, torch.bfloat16)
-_CHUNK = 1 << 17
-"""Elements that one thread works on at a time, so that every step finds them in its cache."""
-
 _SCHEMA = "(Tensor x, Tensor scale, Tensor zero_point, int? axis, int qmin, int qmax) -> Tensor"
 
 
@@ -85,24 +82,41 @@ def fake_quantised(
     axis: int | None,
     qmin: int,
     qmax: int,
+    cap: float | None = None,
+    centred: bool | None = None,
 ) -> torch.Tensor:
-    """What `fake_quant` computes, without its checks, its dispatch and its gradients."""
-    if axis is None and _is_dense(x):
-        return _whole_tensor(x, scale, zero_point, qmin, qmax)
+    """What `fake_quant` computes, without its checks, its dispatch and its gradients.
+
+    With a cap: of ``clamp(x, max=cap)``. As rounding is monotone, that is a clamp of levels.
+    ``centred`` says whether all zero points are known to be 0, or not all; None looks.
+    """
+    if axis is None and is_dense(x):
+        return _whole_tensor(x, scale, zero_point, qmin, qmax, cap)
+    x = x if cap is None else x.clamp(max=cap)
     step = _along(scale, axis, x)
-    if _is_dense(x) and not zero_point.any():
-        levels = (x / step).round_().clamp_(qmin, qmax)
-        # Added to 0, since a product of -0.0 must become 0.0, as below.
-        return torch.addcmul(x.new_zeros(()), levels, step, out=levels)
+    if axis is not None and is_dense(x) and is_centred(zero_point, centred):
+        y, nothing = torch.empty_like(x), x.new_zeros(())
+        for source, levels, own in channel_pieces(axis, x, y, step):
+            torch.div(source, own, out=levels)
+            levels.round_().clamp_(qmin, qmax)
+            # Added to 0, since a product of -0.0 must become 0.0, as below.
+            torch.addcmul(nothing, levels, own, out=levels)
+        return y
     zero = _along(zero_point, axis, x)
     work = x.to(step.dtype)
     levels = (work / step).round_().add_(zero).clamp_(qmin, qmax)
     return levels.sub_(zero).mul_(step).to(x.dtype)
 
 
+def is_centred(zero_point: torch.Tensor, known: bool | None = None) -> bool:
+    """Whether all zero points are 0."""
+    return not zero_point.any() if known is None else known
+
+
 def _whole_tensor(
-    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int
-) -> torch.Tensor:
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int,
+    cap: float | None,
+) -> torch.Tensor:  # fmt: skip
     """The operator for one scale, chunk by chunk; the same to the last bit.
 
     Levels count from the zero point, which moves the clamp instead of them. A product added to 0
@@ -111,41 +125,14 @@ def _whole_tensor(
     step, zero = scale.to(x.dtype), int(zero_point)
     factor, nothing = float(step), x.new_zeros(())
     y = torch.empty_like(x)
-    for source, levels in _chunks(x, y):
+    low, high = float(qmin - zero), float(qmax - zero)
+    if cap is not None:
+        high = min(high, float(torch.div(x.new_tensor(cap), step).round_()))
+    for source, levels in chunks(x, y):
         torch.div(source, step, out=levels)
-        levels.round_().clamp_(qmin - zero, qmax - zero)
+        levels.round_().clamp_(low, high)
         torch.add(nothing, levels, alpha=factor, out=levels)
     return y
-
-
-def _is_dense(*tensors: torch.Tensor) -> bool:
-    """Whether these are real CPU tensors in one layout without gaps, in one full precision."""
-    first = tensors[0]
-    return (
-        all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
-        and first.device.type == "cpu"
-        and first.dtype in (torch.float32, torch.float64)
-        and all(t.dtype == first.dtype and t.stride() == first.stride() for t in tensors)
-        and _flat(first) is not None
-    )
-
-
-def _flat(x: torch.Tensor) -> torch.Tensor | None:
-    """All elements in the order of memory, as a view; None where there are gaps."""
-    if x.is_contiguous():
-        return x.detach().view(-1)
-    order = sorted(range(x.dim()), key=x.stride, reverse=True)
-    permuted = x.detach().permute(order)
-    return permuted.view(-1) if permuted.is_contiguous() else None
-
-
-def _chunks(*tensors: torch.Tensor) -> Iterator[Sequence[torch.Tensor]]:
-    """The same pieces of dense tensors of one layout."""
-    size = _CHUNK * torch.get_num_threads()
-    flat = [found for t in tensors if (found := _flat(t)) is not None]
-    if tensors[0].numel() <= size:
-        return iter([flat])
-    return zip(*(torch.split(found, size) for found in flat), strict=True)
 
 
 def _check(
@@ -239,6 +226,8 @@ def fake_quant_gradients(
     *,
     wanted: tuple[bool, bool] = (True, True),
     rounding: bool = True,
+    cap: float | None = None,
+    centred: bool | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The gradients with respect to ``x`` and ``scale``.
 
@@ -254,11 +243,21 @@ def fake_quant_gradients(
         wanted: which of the two are needed; the other is None.
         rounding: count what rounding does to the scale's gradient, round(v) - v inside of the
             grid; without it only values outside count, as if 0 stood there.
+        cap: those of ``fake_quant(clamp(x, max=cap))``, of which ``y`` is the result; with one,
+            rounding counts.
+        centred: whether all zero points are known to be 0, or not all; None looks.
     """
-    fast = not torch.is_grad_enabled() and _is_dense(x, y, grad)
+    fast = not torch.is_grad_enabled() and is_dense(x, y, grad)
     if fast and axis is None:
-        return _whole_gradients(grad, x, y, scale, zero_point, qmin, qmax, wanted, rounding)
-    if fast and not zero_point.any():
+        return _whole_gradients(
+            grad, x, y, scale, zero_point, qmin, qmax, wanted, rounding, cap
+        )
+    if cap is not None:
+        to_x, to_scale = fake_quant_gradients(
+            grad, x.clamp(max=cap), y, scale, zero_point, axis, qmin, qmax, wanted=wanted
+        )
+        return None if to_x is None else to_x.masked_fill(x >= cap, 0.0), to_scale
+    if fast and axis is not None and is_centred(zero_point, centred):
         return _weight_gradients(grad, x, y, scale, axis, qmin, qmax, wanted, rounding)
     step, zero = _along(scale, axis, x), _along(zero_point, axis, x)
     v = x.to(step.dtype) / step
@@ -285,7 +284,7 @@ def _weight_gradients(
     x: torch.Tensor,
     y: torch.Tensor,
     scale: torch.Tensor,
-    axis: int | None,
+    axis: int,
     qmin: int,
     qmax: int,
     wanted: tuple[bool, bool],
@@ -296,14 +295,19 @@ def _weight_gradients(
     hardtanh's gradient is the mask between two edges; the slope is counted in units of y, and
     divided by the scale once it is summed.
     """
-    between = _aten.hardtanh_backward
-    v = x / _along(scale, axis, x)
-    to_x = between(grad, v, qmin, qmax) if wanted[0] else None
-    if not wanted[1]:
-        return to_x, None
-    slope = between(x if rounding else y, v, qmin, qmax)
-    torch.sub(y, slope, out=slope).mul_(grad)
-    return to_x, _summed(slope, axis).to(scale.dtype) / scale
+    between = _aten.hardtanh_backward.grad_input
+    to_x = torch.empty_like(x) if wanted[0] else None
+    step, sums = _along(scale, axis, x), []
+    out = y if to_x is None else to_x
+    for value, result, g, own, piece in channel_pieces(axis, x, y, grad, step, out):
+        v = value / own
+        if to_x is not None:
+            between(g, v, qmin, qmax, grad_input=piece)
+        if wanted[1]:
+            between(value if rounding else result, v, qmin, qmax, grad_input=v)
+            torch.sub(result, v, out=v).mul_(g)
+            sums.append(_summed(v, axis))
+    return to_x, torch.cat(sums).to(scale.dtype) / scale if wanted[1] else None
 
 
 def _whole_gradients(
@@ -316,20 +320,27 @@ def _whole_gradients(
     qmax: int,
     wanted: tuple[bool, bool],
     rounding: bool,
+    cap: float | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The gradients for one scale, chunk by chunk; hardtanh's is the mask between two edges."""
+    """The gradients for one scale, chunk by chunk; hardtanh's is the mask between two edges.
+
+    Where the cap lies inside of the grid, what it takes away is not the grid's: x is capped.
+    """
     step, zero = float(scale), int(zero_point)
     low, high = _edge(step, qmin - zero, x.dtype), _edge(step, qmax - zero, x.dtype)
+    capped = cap is not None and cap < high
+    last = cap if cap is not None and capped else high
     between = _aten.hardtanh_backward.grad_input
     to_x = torch.empty_like(x) if wanted[0] else None
-    room = x.new_empty(min(x.numel(), _CHUNK * torch.get_num_threads()))
-    total = 0.0
-    for g, value, result, out in _chunks(grad, x, y, y if to_x is None else to_x):
+    pieces = list(chunks(grad, x, y, y if to_x is None else to_x))
+    room, total = torch.empty_like(pieces[0][0]), 0.0
+    for g, value, result, out in pieces:
         if to_x is not None:
-            between(g, value, low, high, grad_input=out)
+            between(g, value, low, last, grad_input=out)
         if wanted[1]:
             slope = room[: len(g)]
-            between(value if rounding else result, value, low, high, grad_input=slope)
+            inside = torch.clamp(value, max=last, out=slope) if capped else value
+            between(inside if rounding else result, inside, low, high, grad_input=slope)
             torch.sub(result, slope, out=slope)
             total += float(torch.dot(g, slope))
     to_scale = scale.new_tensor(total / step) if wanted[1] else None

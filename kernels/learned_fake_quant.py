@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from pruna_ir.kernels.fake_quant import fake_quant_gradients, fake_quantised
+from pruna_ir.kernels.fake_quant import fake_quant_gradients, fake_quantised, is_centred
 
 
 def zero_point_of(
@@ -46,6 +46,7 @@ def learned_fake_quant(
     *,
     offset: torch.Tensor | None = None,
     rounding: bool = True,
+    cap: float | None = None,
 ) -> torch.Tensor:
     """`fake_quant`, differentiable in x, scale and, where it is given, an offset.
 
@@ -59,6 +60,8 @@ def learned_fake_quant(
         offset: float tensor of ``scale``'s shape: the real number that ``zero_point`` shifts by,
             ``-zero_point * scale``.
         rounding: whether the rounding of values inside of the grid adds to the scale's gradient.
+        cap: quantise ``clamp(x, max=cap)``, in passes over x that are made anyway; with rounding
+            and without an offset only.
 
     >>> x = torch.tensor([0.2, 9.0])
     >>> step = torch.tensor(0.5, requires_grad=True)
@@ -67,12 +70,13 @@ def learned_fake_quant(
     >>> y.tolist(), float(step.grad)
     ([0.0, 1.5], 3.0)
     """
+    assert cap is None or (offset is None and rounding)
     shift = None
     if offset is not None:
         zero_point = zero_point_of(scale, offset, qmin, qmax)
         shift = -offset / scale
     y: torch.Tensor = _Learned.apply(
-        x, scale, shift, zero_point, axis, qmin, qmax, rounding
+        x, scale, shift, zero_point, axis, qmin, qmax, rounding, cap
     )
     return y
 
@@ -89,10 +93,13 @@ class _Learned(torch.autograd.Function):
         qmin: int,
         qmax: int,
         rounding: bool,
+        cap: float | None,
     ) -> torch.Tensor:
-        y = fake_quantised(x, scale, zero_point, axis, qmin, qmax)
+        # Looking takes longer than quantising a small weight.
+        ctx.centred = axis is not None and is_centred(zero_point)
+        y = fake_quantised(x, scale, zero_point, axis, qmin, qmax, cap, ctx.centred)
         ctx.save_for_backward(x, y, scale, zero_point)
-        ctx.axis, ctx.qmin, ctx.qmax, ctx.rounding = axis, qmin, qmax, rounding
+        ctx.axis, ctx.qmin, ctx.qmax, ctx.rounding, ctx.cap = axis, qmin, qmax, rounding, cap
         return y
 
     @staticmethod
@@ -102,7 +109,8 @@ class _Learned(torch.autograd.Function):
         wanted = (ctx.needs_input_grad[0] or ctx.needs_input_grad[2], ctx.needs_input_grad[1])
         to_x, to_scale = fake_quant_gradients(
             grad, x, y, scale, zero_point, ctx.axis, ctx.qmin, ctx.qmax,
-            wanted=wanted, rounding=ctx.rounding,
+            wanted=wanted, rounding=ctx.rounding, cap=ctx.cap,
+            centred=ctx.centred,
         )  # fmt: skip
         to_shift = None
         if ctx.needs_input_grad[2] and to_x is not None:
@@ -110,4 +118,4 @@ class _Learned(torch.autograd.Function):
             others = [dim for dim in range(x.dim()) if dim not in kept]
             clipped = grad - to_x
             to_shift = -scale * (clipped.sum(others) if others else clipped).to(scale.dtype)
-        return to_x, to_scale, to_shift, None, None, None, None, None
+        return to_x, to_scale, to_shift, None, None, None, None, None, None

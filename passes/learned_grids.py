@@ -10,6 +10,10 @@
     pact   clipping bounds a = Q scale of activations learn (Choi et al., 2018); weight scales stay
     fixed  scales stay: only weights learn, straight through (Bengio et al., 2013)
 
+Where a grid that begins at its zero point alone reads an activation, the grid's own clamp does
+what the activation does: relu(x) is left out, and of relu6(x) only the upper bound remains, with
+the same values and the same gradients.
+
 Scales stay positive by projection: after each step a scale below 1/1024 of its initial value is
 raised to that, and offsets are moved to where their zero point is one of the grid.
 """
@@ -27,6 +31,8 @@ from pruna_ir.call import bind_arguments
 from pruna_ir.kernels.fake_quant import KERNEL as FAKE_QUANT
 from pruna_ir.kernels.learned_fake_quant import learned_fake_quant, zero_point_of
 from pruna_ir.program import Program, computed_nodes, shape_of
+
+aten = torch.ops.aten
 
 Method = Literal["lsq", "lsq+", "pact", "fixed"]
 
@@ -103,7 +109,11 @@ class LearnedGrids:
         for grid in grids_of(program):
             learns = method != "fixed" and (grid.activation or method != "pact")
             offset = self._learn(program, grid, method) if learns else ""
-            self._replace(grid, offset=offset, rounding=method != "pact")
+            zero = program.tensor(grid.zero_point)
+            self._replace(
+                grid, offset=offset, rounding=method != "pact",
+                starts_at_zero=zero.dim() == 0 and int(zero) == grid.bounds[0],
+            )  # fmt: skip
         graph = module.graph
         graph.eliminate_dead_code()
         module.recompile()
@@ -134,17 +144,20 @@ class LearnedGrids:
         self._offsets[grid.zero_point] = (offset, grid)
         return name
 
-    def _replace(self, grid: _Grid, *, offset: str, rounding: bool) -> None:
+    def _replace(
+        self, grid: _Grid, *, offset: str, rounding: bool, starts_at_zero: bool
+    ) -> None:
         """Let the fake-quants of a grid have the gradients of the method."""
         names = {node.name for node in grid.nodes}
         for node in [n for n in self._module.graph.nodes if n.name in names]:
             bound = bind_arguments(node)
             with self._module.graph.inserting_before(node):
                 shift = self._module.graph.get_attr(offset) if offset else None
-            node.args = tuple(
-                bound[name] for name in ("x", "scale", "zero_point", "axis", "qmin", "qmax")
-            )
-            node.kwargs = {"offset": shift, "rounding": rounding}
+            x, cap = bound["x"], None
+            if not offset and starts_at_zero:
+                x, cap = _without_clip(node, x, capped=rounding)
+            node.args = (x, *(bound[n] for n in ("scale", "zero_point", "axis", "qmin", "qmax")))
+            node.kwargs = {"offset": shift, "rounding": rounding, "cap": cap}
             node.target = learned_fake_quant
 
     def project(self) -> None:
@@ -163,6 +176,19 @@ class LearnedGrids:
         for name, (offset, grid) in self._offsets.items():
             found[name] = zero_point_of(self.scales[grid.scale], offset, *grid.bounds)
         return found
+
+
+def _without_clip(reader: fx.Node, x: fx.Node, *, capped: bool) -> tuple[fx.Node, float | None]:
+    """What to quantise, and its upper bound, where the grid's own clamp at 0 does the rest."""
+    if len(x.users) > 1 or reader not in x.users:
+        return x, None
+    if x.target is aten.relu.default:
+        return bind_arguments(x)["self"], None
+    if capped and x.target is aten.hardtanh.default:
+        bound = bind_arguments(x)
+        if bound["min_val"] == 0 < bound["max_val"]:
+            return bound["self"], float(bound["max_val"])
+    return x, None
 
 
 def _scale_gradient(parameter: nn.Parameter, factor: Tensor) -> None:

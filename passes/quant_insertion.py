@@ -68,6 +68,7 @@ from pruna_ir.passes.quant_placement import (
     is_quantised,
     layers_of,
     place,
+    takes_queries,
     wanted_bits,
 )
 from pruna_ir.passes.quant_promises import Bypassed, OnGrid, WeightErrors
@@ -436,7 +437,7 @@ def _reads_fake_quant(node: fx.Node) -> bool:
 def _note_float_parts(rw: Rewrite, scheme: QuantScheme) -> None:
     """Say which parts around the layers stay float by design, or stand in the way of speed."""
     for node in rw.calls(*ATTENTION):
-        if scheme.fused_attention:
+        if takes_queries(scheme, node):
             rw.note(node, "its first product is quantised; probabilities and value stay float")
         else:
             rw.skip(

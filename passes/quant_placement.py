@@ -26,6 +26,7 @@ from torch import fx
 from pruna_ir.call import Call, bind_arguments
 from pruna_ir.kernels.conv_act import KERNEL as CONV_ACT
 from pruna_ir.kernels.fake_quant import KERNEL as FAKE_QUANT
+from pruna_ir.onnx_attention import is_plain_attention
 from pruna_ir.program import Program, dtype_of, shape_of
 from pruna_ir.propagate import same_value
 from pruna_ir.quantization import (
@@ -128,7 +129,7 @@ class Placement:
         carried: tensors among them that a mover gives out, with the bits that were handed on;
             their range is their source's.
         parent: the union-find forest of tensors that share their parameters.
-        signed: tensors on a symmetric grid, whatever the scheme's: queries and keys.
+        signed: tensors on a symmetric grid, whatever the scheme's.
     """
 
     program: Program
@@ -270,7 +271,7 @@ def place(
             _place_add(plan, node)
         elif is_average(plan, node) and scheme.average_pool:
             plan.want(_first(node), node)
-        elif node.target in ATTENTION and scheme.fused_attention:
+        elif node.target in ATTENTION and takes_queries(scheme, node):
             _place_attention(plan, node)
     if not scheme.repeat_behind_movers:
         plan.leave_to_movers()
@@ -304,13 +305,21 @@ def _place_add(plan: Placement, node: fx.Node) -> None:
             plan.want_everywhere(terminal(node))
 
 
+def takes_queries(scheme: QuantScheme, attention: fx.Node) -> bool:
+    """Whether the scheme wants query and key of a fused attention quantised."""
+    if scheme.fused_attention == "plain":
+        return is_plain_attention(bind_arguments(attention))
+    return scheme.fused_attention == "any"
+
+
 def _place_attention(plan: Placement, node: fx.Node) -> None:
     call = Call(plan.program, node)
     for name in ("query", "key"):
         source = call.producer(name)
         if source is not None:
             plan.want(source, node, plan.scheme.activation.bits)
-            plan.signed.add(source)
+            if plan.scheme.signed_queries:
+                plan.signed.add(source)
 
 
 def _identity(operands: list[fx.Node]) -> fx.Node:

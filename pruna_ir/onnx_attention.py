@@ -49,14 +49,14 @@ def with_plain_attention(program: Program) -> Program:
     for node in rw.calls(_ATTENTION):
         arguments = bind_arguments(node)
         _make_contiguous(rw, node)
-        if _is_plain(arguments):
+        if is_plain_attention(arguments):
             rw.inline(node, *_spelt_out(arguments))
         elif not _fits(arguments):
             _merge_heads(rw, node, arguments)
     return rw.finish()
 
 
-def _is_plain(arguments: dict[str, Any]) -> bool:
+def is_plain_attention(arguments: dict[str, Any]) -> bool:
     """Whether it is one softmax over all keys of every query's own head."""
     shape = shape_of(arguments["query"]) or ()
     special = arguments["is_causal"] or arguments["dropout_p"] or arguments["enable_gqa"]

@@ -141,7 +141,10 @@ class QuantScheme:
             Residual adds of transformers never are.
         attention: quantise both operands of products of two activations (matmul, bmm).
         fused_attention: quantise query and key of fused attention, whose first product then runs
-            on integers; the probabilities, and with them the value, stay float.
+            on integers; the probabilities, and with them the value, stay float. ``plain``: only
+            where it is one softmax over all keys of each query's own head, whatever its mask.
+        signed_queries: queries and keys of fused attention take the signed grid with a zero point
+            of 0.
         nearly_symmetric: an input of matrix products takes the signed grid with a zero point of 0
             where that makes its step at most this share larger: its integer kernels are faster.
         average_pool: quantise the inputs of average pools, so that they run on integers.
@@ -156,7 +159,8 @@ class QuantScheme:
     weight: Grid = S8_WEIGHT
     residual: Literal["both", "identity", "none"] = "both"
     attention: bool = False
-    fused_attention: bool = False
+    fused_attention: Literal["none", "plain", "any"] = "none"
+    signed_queries: bool = False
     nearly_symmetric: float = 0.0
     average_pool: bool = True
     layer_outputs: bool = True

@@ -1,16 +1,15 @@
-"""ONNX Runtime: verified artifacts, executed precisions, split Gemms, unsupported nodes."""
+"""ONNX Runtime: verified artifacts, executed precisions, unsupported nodes."""
 
 from __future__ import annotations
 
 from functools import cache
 
-import numpy as np
 import onnx
 import pytest
 import torch
 from torch import nn
 
-from pruna_ir.backends.to_onnx import ToOnnx, split_gemms
+from pruna_ir.backends.to_onnx import ToOnnx
 from pruna_ir.capture import capture
 from pruna_ir.data import TensorData
 from pruna_ir.errors import LoweringError
@@ -49,7 +48,7 @@ def test_an_int8_program_runs_on_integers(tmp_path):
     summary = artifact.certificate.audit_summary()
     assert summary["conv"] == {"int8": 2}
     assert summary["linear"] == {"int8": 1}
-    assert artifact.manifest.facts["disabled_optimizers"] == ["MatMulAddFusion"]
+    assert artifact.manifest.facts["disabled_optimizers"] == []
 
 
 class SelfAttention(nn.Module):
@@ -106,62 +105,3 @@ def test_a_damaged_model_is_refused(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"not a model")
     with pytest.raises(LoweringError, match="ONNX Runtime refuses the model"):
         ToOnnx().load(tmp_path, LoadOptions())
-
-
-def gemm(trans_b: int, axis: int, *, bias: bool = True, alpha: float = 1.0):
-    """A float32[2, 3] input, quantised, times an int8 [3, 4] weight."""
-    make, const = onnx.helper.make_node, onnx.numpy_helper.from_array
-    shape = (4, 3) if trans_b else (3, 4)
-    weight = np.arange(12, dtype=np.int8).reshape(shape)
-    channels = shape[axis]
-    constants = [
-        const(np.float32(0.1), "sx"),
-        const(np.uint8(7), "zx"),
-        const(weight, "w8"),
-        const(np.linspace(0.1, 1, channels, dtype=np.float32), "sw"),
-        const(np.zeros(channels, np.int8), "zw"),
-        const(np.linspace(-1, 1, 4, dtype=np.float32), "c"),
-    ]
-    nodes = [
-        make("QuantizeLinear", ["x", "sx", "zx"], ["x8"]),
-        make("DequantizeLinear", ["x8", "sx", "zx"], ["xf"]),
-        make("DequantizeLinear", ["w8", "sw", "zw"], ["wf"], axis=axis),
-        make("Gemm", ["xf", "wf", *(["c"] if bias else [])], ["y"], transB=trans_b, alpha=alpha),
-    ]
-    value = onnx.helper.make_tensor_value_info
-    graph = onnx.helper.make_graph(
-        nodes,
-        "g",
-        [value("x", onnx.TensorProto.FLOAT, [2, 3])],
-        [value("y", onnx.TensorProto.FLOAT, [2, 4])],
-        constants,
-    )
-    opset = [onnx.helper.make_opsetid("", 19)]
-    return onnx.helper.make_model(graph, opset_imports=opset, ir_version=9)
-
-
-def evaluate(model, x: np.ndarray) -> np.ndarray:
-    from onnx.reference import ReferenceEvaluator
-
-    return ReferenceEvaluator(model).run(None, {"x": x})[0]
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("trans_b", "axis"), [(1, 0), (0, 1), (1, 1)])
-def test_a_split_gemm_computes_the_same(trans_b, axis, bias):
-    model = gemm(trans_b, axis, bias=bias)
-    x = np.random.default_rng(0).standard_normal((2, 3)).astype(np.float32)
-    before = evaluate(model, x)
-    assert split_gemms(model.graph) == 1
-    onnx.checker.check_model(model, full_check=True)
-    kinds = [node.op_type for node in model.graph.node]
-    assert "Gemm" not in kinds
-    assert kinds[-1] == ("Add" if bias else "MatMul")
-    np.testing.assert_allclose(evaluate(model, x), before, rtol=1e-6)
-    assert split_gemms(model.graph) == 0
-
-
-def test_a_scaled_gemm_stays():
-    model = gemm(1, 0, alpha=2.0)
-    assert split_gemms(model.graph) == 0
-    assert model.graph.node[-1].op_type == "Gemm"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from fractions import Fraction
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pruna_ir.kernels import dense_pieces
 from pruna_ir.kernels.fake_quant import (
     KERNEL,
     fake_quant,
@@ -244,8 +244,7 @@ def test_every_layout_gives_the_same_bits(
 
 
 def test_tensors_of_many_chunks_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules[fake_quant_gradients.__module__]
-    monkeypatch.setattr(module, "_CHUNK", 7)
+    monkeypatch.setattr(dense_pieces, "CHUNK", 7)
     torch.manual_seed(0)
     x, grad = torch.randn(3, 11), torch.randn(3, 11)
     scale, zero = torch.tensor(0.3), torch.tensor(1, dtype=torch.int32)
@@ -254,6 +253,29 @@ def test_tensors_of_many_chunks_are_whole(monkeypatch: pytest.MonkeyPatch) -> No
     with torch.no_grad():
         fast = fake_quant_gradients(grad, x, y, scale, zero, None, -4, 3)
     slow = fake_quant_gradients(grad, x, y, scale, zero, None, -4, 3)  # grad mode: no chunks
+    assert torch.equal(fast[0], slow[0])
+    torch.testing.assert_close(fast[1], slow[1])
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((11, 3), 0), ((3, 11), 1), ((5, 2, 3, 3), -4)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_weights_are_the_same_a_few_channels_at_a_time(
+    shape: tuple[int, ...], axis: int, layout: torch.memory_format,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(dense_pieces, "CHUNK", 7)
+    torch.manual_seed(0)
+    x, grad = torch.randn(shape), torch.randn(shape)
+    if x.dim() == 4:
+        x, grad = x.to(memory_format=layout), grad.to(memory_format=layout)
+    channels = shape[axis]
+    scale, zero = torch.rand(channels) * 0.3 + 0.1, torch.zeros(channels, dtype=torch.int32)
+    y = fake_quant(x, scale, zero, axis, -4, 3)
+    with torch.no_grad():
+        fast = fake_quant_gradients(grad, x, y, scale, zero, axis, -4, 3)
+    slow = fake_quant_gradients(grad, x, y, scale, zero, axis, -4, 3)  # grad mode: all at once
+    doubles = fake_quant(x.double(), scale.double(), zero, axis, -4, 3)
+    torch.testing.assert_close(y, doubles.float())
     assert torch.equal(fast[0], slow[0])
     torch.testing.assert_close(fast[1], slow[1])
 

@@ -100,3 +100,26 @@ def test_zero_points_are_integers_of_the_grid_with_ties_to_even(
     zero = zero_point_of(torch.tensor(0.5), torch.tensor(offset), 0, 15)
     assert zero.dtype == torch.int32
     assert int(zero) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 10_000), st.sampled_from([(0, 255), (0, 15), (0, 1)]),
+    st.sampled_from([0.4, 1.0, 6.0]), st.sampled_from([torch.float32, torch.float64]),
+)  # fmt: skip
+def test_a_cap_is_a_clamp_ahead(
+    seed: int, grid: tuple[int, int], cap: float, dtype: torch.dtype
+) -> None:
+    """Values and gradients of relu6 and fake_quant, with the lower bound left to the grid."""
+    x, grad, scale, _ = (t.to(dtype) for t in drawn(seed, grid, None))
+    zero, results = torch.tensor(0, dtype=torch.int32), []
+    x[0, 0], x[0, 1] = cap, 0.0
+    for given_cap in (cap, None):
+        own, step = x.clone().requires_grad_(), scale.clone().requires_grad_()
+        source = own if given_cap else torch.nn.functional.hardtanh(own, 0.0, cap)
+        y = learned_fake_quant(source, step, zero, None, *grid, cap=given_cap)
+        (y * grad).sum().backward()
+        results.append((y.detach(), own.grad, step.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    torch.testing.assert_close(results[0][2], results[1][2])

@@ -76,7 +76,7 @@ def test_its_products_are_quantised_where_asked_for() -> None:
 
 
 def test_fused_attention_says_how_its_products_are_reached() -> None:
-    context = Context(data=TensorData((torch.randn(32, 5, 8),)), target="onnx")
+    context = Context(data=TensorData((torch.randn(32, 5, 8),)), target="tvm")
     result = apply(InsertFakeQuant(products=True), captured("plain"), context)
     assert any("run spell-out-attention first" in r.message for r in result.remarks)
 
