@@ -47,6 +47,64 @@ def test_an_operator_without_a_rule_is_named_in_a_warning_and_in_the_manifest(
     assert line.startswith("tvm: 1 of the compiled functions keep TVM's own loops")
 
 
+OPERATORS = {
+    "conv2d_transpose": (torch.nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), (2, 4, 5, 6)),
+    "conv1d_transpose": (torch.nn.ConvTranspose1d(4, 6, 3), (2, 4, 9)),
+    "conv3d": (torch.nn.Conv3d(4, 6, 3, groups=2), (2, 4, 5, 6, 7)),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_unusual_convolutions_are_named(name: str, tmp_path: Path) -> None:
+    module, shape = OPERATORS[name]
+    made = capture(module.eval(), (torch.randn(*shape),))
+    with pytest.warns(RuntimeWarning, match=rf"no rule covers its operator .*{name}"):
+        artifact = build(made, "tvm", tmp_path / "artifact")
+    assert artifact.certificate.verdict.name == "PASSED"
+    assert any(name in kept for kept in artifact.manifest.facts["tvm-default-schedules"])
+    assert len(artifact.manifest.warnings) == 1
+
+
+def test_a_convolution_of_unknown_height_and_width_is_named(tmp_path: Path) -> None:
+    made = capture(
+        torch.nn.Conv2d(3, 6, 3).eval(), (torch.randn(2, 3, 9, 8),),
+        dynamic_dims={"input": {2: "height", 3: "width"}},
+    )  # fmt: skip
+    with pytest.warns(RuntimeWarning, match=r"no rule covers its operator .*conv2d"):
+        artifact = build(made, "tvm", tmp_path / "artifact")
+    assert any("conv2d" in kept for kept in artifact.manifest.facts["tvm-default-schedules"])
+
+
+class Sums(torch.nn.Module):
+    """Einsums, which are matrix products when they come to TVM, and one that is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(4, 5, 6))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        product = torch.einsum("bhi,hij->bhj", x, self.weight)
+        return product, torch.einsum("bhi,bhj,bhk->bijk", x, x, x)
+
+
+def test_einsums_are_covered_as_matrix_products(tmp_path: Path) -> None:
+    made = capture(Sums().eval(), (torch.randn(2, 4, 5),))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        artifact = build(made, "tvm", tmp_path / "artifact")
+    assert artifact.certificate.verdict.name == "PASSED"
+    assert {row.kind for row in artifact.certificate.audit} >= {"matmul"}
+
+
+def test_an_unknown_processor_gets_tvms_loops(tmp_path: Path) -> None:
+    """LLVM takes a name that it does not know for the oldest processor: no rule, and a warning."""
+    made = captured(torch.nn.Conv2d(3, 5, 3))
+    with pytest.warns(RuntimeWarning, match="no rule covers a processor without AVX2"):
+        artifact = build(made, ToTvm(cpu="unheard-of"), tmp_path / "artifact")
+    assert artifact.certificate.verdict.name == "PASSED"
+    assert artifact.manifest.warnings
+
+
 def test_what_the_rules_cover_is_silent(tmp_path: Path) -> None:
     """The control."""
     made = captured(torch.nn.Conv2d(3, 5, 3))

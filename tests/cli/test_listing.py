@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
 
 from pruna_ir.cli.listing import describe, source_file
 from tests.cli.conftest import Opt
@@ -90,5 +91,7 @@ def test_doctor_names_what_is_missing(opt: Opt, rascals: object) -> None:
     assert "pip install absent-sdk" in found["backends"]["absent"]["build"]
     assert any("rascals_gone" in problem for problem in found["problems"])
     assert found["packages"]["torch"]
+    if not torch.cuda.is_available():
+        assert found["backends"]["tvm{device=cuda}"]["execute"].startswith("no CUDA device")
     text = opt("doctor").out
     assert "absent     build:   absent-sdk is not installed; pip install absent-sdk" in text

@@ -112,6 +112,13 @@ def test_accuracy_per_step_and_artifact(opt: Opt, tmp_path: Path) -> None:
     assert report["steps"][-1]["accuracy"] == 9 / 13
 
 
+def test_a_target_with_options(opt: Opt, tmp_path: Path) -> None:
+    ran = opt("run", "net.py:make", "--target", "tvm{cpu=x86-64-v3}", "-o", "out",
+              "--repeats", "0")  # fmt: skip
+    assert ran.code == 0
+    assert "x86-64-v3" in Manifest.read(tmp_path / "out" / "tvm").facts["target"]
+
+
 def test_quantisation_per_target_and_the_warning_of_synthetic_data(
     opt: Opt, tmp_path: Path
 ) -> None:
