@@ -124,9 +124,18 @@ def ranked_tiles(blocks: int, columns: int, vectors: int) -> list[Tile]:
         for b in (1, 2, 4, 8)
         if blocks % b == 0
         for c in range(1, min(columns, vectors) + 1)
-        if b * c <= vectors
+        if _fits(b, c, vectors)
     ]
     return sorted(candidates, key=lambda t: (_cost(t, columns), t.blocks))
+
+
+def _fits(blocks: int, columns: int, vectors: int) -> bool:
+    """Whether the sums fit, and beside them a vector of weights for each block.
+
+    With sixteen sums, half of AVX-512's registers are left for weights; AVX2's are all but full.
+    """
+    held = blocks * columns
+    return held <= vectors and (vectors >= 16 or held + blocks <= vectors + 1)
 
 
 def _cost(candidate: Tile, columns: int) -> float:
@@ -227,12 +236,14 @@ class Place:
 
     Attributes:
         blocked: whether the data is [n, C/16, H, W, 16] and not [n, C, H, W].
+        dtype: of the data.
     """
 
     convolution: Convolution
     height: int
     width: int
     blocked: bool
+    dtype: str = "float32"
 
     def tiles(self, vectors: int) -> list[Tile]:
         """Every tile for it, that of the least cost first."""
@@ -264,7 +275,8 @@ def convolve(
     def compute(data: Any, packed: Any) -> Any:
         height, wide = int(data.shape[2]), int(data.shape[3])
         rows, width = convolution.size(0, height), convolution.size(1, wide)
-        held = choose(Place(convolution, height, wide, len(data.shape) > 4), vectors)
+        blocked, dtype = len(data.shape) > 4, str(data.dtype)
+        held = choose(Place(convolution, height, wide, blocked, dtype), vectors)
         columns = -(-width // held.columns) * held.columns
         source = _padded(convolution, data, columns, zero)
         axes, product = _product(convolution, source, packed)

@@ -86,6 +86,7 @@ class Product:
     columns: int
     depth: int
     batch: int = 1
+    dtype: str = "float32"
 
 
 def rule(product: Product, registers: Registers) -> Tile:

@@ -107,7 +107,7 @@ class Tiles:
 def described(operator: Operator) -> dict[str, Any]:
     """An operator's constants as plain values."""
     kind = "product" if isinstance(operator, Product) else "convolution"
-    return {"kind": kind, **asdict(operator), "dtype": "float32"}
+    return {"kind": kind, **asdict(operator)}
 
 
 def _key(operator: Mapping[str, Any]) -> str:

@@ -6,8 +6,8 @@ that together exceed the second-level caches, since the rest of a network drives
 too. Another tile than the rule's is taken only where it is faster by more than `MARGIN`; what the
 budget does not reach keeps the rule's.
 
-Limits: each is measured without its epilogue and, where the batch or the number of rows is
-dynamic, for one; the threads are those of TVM's pool while tuning.
+Limits: operators in float32 alone, each without its epilogue and, where the batch or the number of
+rows is dynamic, for one; the threads are those of TVM's pool while tuning.
 """
 
 from __future__ import annotations
@@ -77,8 +77,7 @@ def tune(
     """
     _check_runs_here(target)
     start = time.perf_counter()
-    open_ = [o for o in tiles.unmeasured() if len(tiles.candidates[o]) > 1]
-    order = sorted(open_, key=lambda o: -_work(o) * tiles.calls[o])
+    order = sorted(_to_measure(tiles), key=lambda o: -_work(o) * tiles.calls[o])
     records: list[Record] = []
     for done, operator in enumerate(order):
         progress("tvm: tune", done, len(order))
@@ -91,6 +90,15 @@ def tune(
         records.append(_record(operator, tried, _measure(kernels, budget)))
     progress("tvm: tune", len(order), len(order))
     return records
+
+
+def _to_measure(tiles: Tiles) -> list[Operator]:
+    """The operators in float32 for which there is a choice and no record."""
+    return [
+        operator
+        for operator in tiles.unmeasured()
+        if operator.dtype == "float32" and len(tiles.candidates[operator]) > 1
+    ]
 
 
 def _check_runs_here(target: Any) -> None:

@@ -19,6 +19,7 @@ from pruna_ir.backends.tvm_convolutions import (
     ACCUMULATE,
     Convolution,
     Tile,
+    accumulators,
     convolve,
     pack,
     schedule_convolution,
@@ -261,6 +262,16 @@ def test_tiles_fit_into_the_registers_of_avx512(
     blocks: int, columns: int, expected: Tile
 ) -> None:
     assert tile(blocks, columns, 16) == expected
+
+
+@pytest.mark.parametrize(
+    ("blocks", "columns", "expected"), [(4, 56, Tile(1, 6)), (32, 7, Tile(2, 2))]
+)
+def test_tiles_fit_into_the_registers_of_avx2(blocks: int, columns: int, expected: Tile) -> None:
+    """Sixteen registers: two a vector of sums, two a vector of weights, one for the data."""
+    found = tile(blocks, columns, accumulators({"avx2"}.__contains__))
+    assert 2 * found.blocks * (found.columns + 1) < 16
+    assert found == expected
 
 
 @given(blocks=st.integers(1, 130), columns=st.integers(1, 300), vectors=st.integers(1, 28))

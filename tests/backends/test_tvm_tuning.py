@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +218,14 @@ def test_the_budget_ends_tuning_after_the_most_work() -> None:
     small = Place(PLACE.convolution, 3, 7, blocked=True)
     records = tvm_tuning.tune(asked(small, PLACE), host_target(), 1e-9, silent, candidates=2)
     assert [r.operator for r in records] == [described(PLACE)]
+
+
+def test_what_is_not_float32_or_leaves_no_choice_is_left_to_the_rule() -> None:
+    narrow = Place(Convolution(16, 16, 1, (1, 1), (1, 1), (1, 1), (0, 0, 0, 0)), 1, 1,
+                   blocked=True)  # fmt: skip
+    tiles = asked(replace(PLACE, dtype="uint8"), narrow)
+    assert tvm_tuning.tune(tiles, host_target(), 9.0, silent) == []
+    assert tiles.counts() == {"measured": 0, "by rule": 2}
 
 
 def test_the_faster_tile_is_found() -> None:
