@@ -13,8 +13,8 @@ loop of the last product: 2% to 16% of a block's time (768 wide, 64 tokens and 1
 ``triton_ffn``.
 
 The norm before a block is no part of the operator: matrix products of oneDNN and cuBLAS do not
-normalise what they read, so fusing it could at most save a call. In blocks of 192 to 2048 channels
-a layer norm took 0% to 5% of the time with one thread, up to 9% with two; an RMS norm, six calls in
+normalise what they read, so fusing it could at most save a call. In blocks of 192 to 2048
+channels a layer norm took 0% to 5% of the time with one thread, up to 9% with two; an RMS norm, six calls in
 torch, 1% to 6% from 64 tokens on and up to 27% for one. Spelt in fewer of torch's calls, it took
 between 0.8 and 1.0 of its time.
 """
