@@ -181,7 +181,8 @@ def between_layers(node: fx.Node) -> str:
 
     Pointwise operators alone, or an activation with norms, convolutions and moves around it.
     """
-    found, todo, seen = [], [node], {node}
+    found: list[fx.Node] = []
+    todo, seen = [node], {node}
     pointwise = True
     while todo:
         current = todo.pop()
