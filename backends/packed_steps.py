@@ -19,6 +19,7 @@ from torch import fx
 
 import pruna_ir.kernels.conv_act
 import pruna_ir.kernels.ffn
+import pruna_ir.kernels.pooled_linear
 from pruna_ir.backends.packed_groups import group_products
 from pruna_ir.backends.packed_integers import FAKE_QUANT, Grid8, Integers
 from pruna_ir.backends.packed_layers import ACTIVATIONS, Layer, find_layers
@@ -40,7 +41,10 @@ from pruna_ir.transform import COMPUTES, is_pure
 
 aten = torch.ops.aten
 
-_SPELT_OUT = (pruna_ir.kernels.conv_act.KERNEL.op, pruna_ir.kernels.ffn.KERNEL.op)
+_SPELT_OUT = (
+    pruna_ir.kernels.conv_act.KERNEL.op, pruna_ir.kernels.ffn.KERNEL.op,
+    pruna_ir.kernels.pooled_linear.KERNEL.op,
+)  # fmt: skip
 """The fused operators whose layers run faster packed one by one."""
 
 

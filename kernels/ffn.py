@@ -13,10 +13,10 @@ loop of the last product: 2% to 16% of a block's time (768 wide, 64 tokens and 1
 ``triton_ffn``.
 
 The norm before a block is no part of the operator: matrix products of oneDNN and cuBLAS do not
-normalise what they read, so fusing it could at most save a call. In blocks of 192 to 2048 channels
-a layer norm took 0% to 5% of the time with one thread, up to 9% with two; an RMS norm, six calls in
-torch, 1% to 6% from 64 tokens on and up to 27% for one. Spelt in fewer of torch's calls, it took
-between 0.8 and 1.0 of its time.
+normalise what they read, so fusing it could at most save a call. In blocks of 192 to 2048
+channels a layer norm took 0% to 5% of the time with one thread, up to 9% with two; an RMS norm,
+six calls in torch, 1% to 6% from 64 tokens on with one thread and up to 27% for one token with
+two. Spelt in fewer of torch's calls, it took between 0.8 and 1.0 of its time.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _activated(
     post_op, algorithm = _POST_OPS.get(activation, ("none", ""))
     linear = torch.ops.mkldnn._linear_pointwise.default
     h: torch.Tensor = linear(x, weight, bias, post_op, [], algorithm)
-    return h if activation in _POST_OPS else IN_PLACE[activation](h)  # type: ignore[no-any-return]
+    return h if activation in _POST_OPS else IN_PLACE[activation](h)
 
 
 def _check(

@@ -92,14 +92,12 @@ def activation() -> Any:
             shifted = x + 3
             shifted = tl.where(shifted < 0, 0.0, tl.where(shifted > 6, 6.0, shifted))
             x = x * shifted / 6
-        elif name == "silu":
-            x = x * tl.sigmoid(x)
+        elif name == "silu" or name == "quick_gelu":
+            x = x * tl.sigmoid(x if name == "silu" else 1.702 * x)
         elif name == "sigmoid":
             x = tl.sigmoid(x)
         elif name == "gelu":
             x = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
-        elif name == "quick_gelu":
-            x = x * tl.sigmoid(1.702 * x)
         elif name == "gelu_tanh":
             # 0.5 (1 + tanh(u)) = sigmoid(2 u)
             x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))

@@ -4,8 +4,9 @@
     y = h w2^T + b2 [+ residual]
 
 Both layers are one kernel: a tiled matrix product whose epilogue adds the bias, applies the
-activation and adds the residual. With a gate, both products of a tile are summed in one loop, which reads x once. One
-launch for the whole block would compute h again for every tile of columns of y.
+activation and adds the residual. With a gate, both products of a tile are summed in one loop,
+which reads x once. One launch for the whole block would compute h again for every tile of columns
+of y.
 
 Sums are float32. float32 factors are multiplied as ``torch.set_float32_matmul_precision`` says.
 """

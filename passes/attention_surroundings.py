@@ -30,7 +30,7 @@ _FARTHEST = 40
 
 
 def projections(*operands: fx.Node) -> list[fx.Node]:
-    """The layers whose results, moved, scaled, rotated or normalised, are an attention's operands."""
+    """The layers whose results, moved, scaled, rotated or normalised, an attention reads."""
     found: list[fx.Node] = []
     for operand in operands:
         layers = _reached(operand, _sources, lambda node: node.target in _LAYERS, _passes)

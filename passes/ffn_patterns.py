@@ -166,9 +166,12 @@ _OTHER_LAYERS = (
     aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
 )  # fmt: skip
 _BENDS = frozenset(
-    "celu clamp elu erf exp gelu glu hardsigmoid hardswish hardtanh leaky_relu log_sigmoid mish "
-    "prelu relu relu6 selu sigmoid silu softplus tanh".split()
-)
+    {
+        "celu", "clamp", "elu", "erf", "exp", "gelu", "glu", "hardsigmoid", "hardswish",
+        "hardtanh", "leaky_relu", "log_sigmoid", "mish", "prelu", "relu", "relu6", "selu",
+        "sigmoid", "silu", "softplus", "tanh",
+    }
+)  # fmt: skip
 _FARTHEST = 32
 """How many nodes two layers of one block may have between them."""
 
@@ -178,7 +181,8 @@ def between_layers(node: fx.Node) -> str:
 
     Pointwise operators alone, or an activation with norms, convolutions and moves around it.
     """
-    found, todo, seen = [], [node], {node}
+    found: list[fx.Node] = []
+    todo, seen = [node], {node}
     pointwise = True
     while todo:
         current = todo.pop()

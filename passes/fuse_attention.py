@@ -7,7 +7,7 @@
 
 Keys and values that are repeated for groups of queries are read as they are (Llama), numbers that
 scale queries or keys become part of ``scale``, a constant mask that is the causal one, or hides
-nothing, is said so. Projections stay (see ``kernels/attention.py``), and one note a program says so.
+nothing, is said so. Projections stay (see ``kernels/attention.py``); one note a program says so.
 
 Where a formula hides every key of a query, it gives NaN and the operator zeros.
 """
@@ -23,7 +23,6 @@ from torch import fx
 
 import pruna_ir.kernels.attention
 from pruna_ir.call import bind_arguments
-from pruna_ir.passes.attention_surroundings import between_products, projections
 from pruna_ir.passes.attention_masks import Mask, insert_mask, mask_argument, settled
 from pruna_ir.passes.attention_patterns import (
     SOFTMAXES,
@@ -39,6 +38,7 @@ from pruna_ir.passes.attention_patterns import (
     untangled,
     unturned,
 )
+from pruna_ir.passes.attention_surroundings import between_products, projections
 from pruna_ir.program import dtype_of, shape_of
 from pruna_ir.transform import Effect, Pass, Rewrite
 
@@ -87,8 +87,11 @@ class FuseAttention(Pass):
         if projected:
             count = len(set(projected))
             layers = f"{count} layers project" if count > 1 else "one layer projects"
-            rw.note(projected[0], f"{layers} queries, keys and values; they stay layers: what "
-                                  "one product for all gains, a backend gains by itself")  # fmt: skip
+            rw.note(
+                projected[0],
+                f"{layers} queries, keys and values; they stay layers: what one product for all "
+                "gains, a backend gains by itself",
+            )
 
 
 @dataclass(frozen=True)

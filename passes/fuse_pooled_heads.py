@@ -6,8 +6,8 @@
 
 The mean is ``adaptive_avg_pool`` to one position or ``mean`` over every dimension behind the
 channels; what flattens it is any reshape, squeeze or select that only drops dimensions of size 1.
-The layer is ``linear`` or ``addmm``, whose weight [in, out] is stored transposed under a name of its
-own. The activation behind it, MobileNetV3's, is optional.
+The layer is ``linear`` or ``addmm``, whose weight [in, out] is stored transposed under a name of
+its own. The activation behind it, MobileNetV3's, is optional.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 import pruna_ir.kernels.pooled_linear
-from pruna_ir.call import Call, bind_arguments
+from pruna_ir.call import bind_arguments
 from pruna_ir.passes.layer_activations import Applied, activation_behind
 from pruna_ir.program import dtype_of
 from pruna_ir.transform import Effect, Pass, Rewrite
@@ -158,12 +158,14 @@ def _reason_against_pool(pool: fx.Node) -> str:
         axes = sorted(axis % _rank(source) for axis in bound["dim"] or range(_rank(source)))
         if axes == list(range(2, _rank(source))) and bound["dtype"] is None:
             return ""
-        return f"{pool.name} takes the mean over dimensions {axes}, not over all behind the channels"
+        where = f"over dimensions {axes}, not over all behind the channels"
+        return f"{pool.name} takes the mean {where}"
     spatial = pool.meta["val"].shape[2:]
     if any(not isinstance(size, int) or size != 1 for size in spatial):
         return f"{pool.name} leaves {list(spatial)} positions, not one"
     if "output_size" in bound:
-        return "" if _rank(source) == len(spatial) + 2 else "it is called without a batch dimension"
+        batched = _rank(source) == len(spatial) + 2
+        return "" if batched else "it is called without a batch dimension"
     kernel, sizes = bound["kernel_size"], source.meta["val"].shape[2:]
     whole = [size == k for size, k in zip(sizes, list(kernel) * len(sizes), strict=False)]
     if all(whole) and not any(bound["padding"]) and bound.get("divisor_override") is None:

@@ -1,4 +1,4 @@
-"""Parts of a layer's outputs: what ``chunk``, ``split`` and ``slice`` take from the last dimension.
+"""Parts of a layer's outputs: what ``chunk``, ``split`` and ``slice`` take of a dimension.
 
     gate, value = chunk(linear(x, W), 2, -1)   -->   rows 0 to h and h to 2h of W
 

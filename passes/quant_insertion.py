@@ -335,10 +335,18 @@ def _refuse(rw: Rewrite, target: str) -> None:
             f"'{target}'; start from the float program"
         )
     for node in rw.calls():
-        if str(node.target).startswith("pruna.ffn"):
+        fused_by = _FUSED_LINEARS.get(str(node.target))
+        if fused_by is not None:
             raise rw.error(
-                node, "its linears are fused already; run insert-fake-quant before fuse-ffn"
+                node,
+                f"its linears are fused already; run insert-fake-quant before {fused_by}",
             )
+
+
+_FUSED_LINEARS = {
+    "pruna.ffn.default": "fuse-ffn",
+    "pruna.pooled_linear.default": "fuse-pooled-heads",
+}
 
 
 def _unfuse(rw: Rewrite, scheme: QuantScheme) -> tuple[str, ...]:

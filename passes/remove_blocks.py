@@ -400,5 +400,7 @@ def _note_hidden_sums(rw: Rewrite) -> None:
     for node in rw.calls():
         if str(node.target) == "pruna.conv_act.default" and bind_arguments(node)["residual"]:
             rw.skip(node, "its residual sum is fused; run remove-blocks before fuse-conv-bn-relu")
+        elif str(node.target) == "pruna.ffn.default" and bind_arguments(node)["residual"]:
+            rw.skip(node, "its residual sum is fused; run remove-blocks before fuse-ffn")
         elif node.target is aten.add_.Tensor:
             rw.skip(node, "it adds in place; run canonicalize first")

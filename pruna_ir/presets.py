@@ -23,7 +23,7 @@ PRESETS: tuple[Preset, ...] = (
     Preset(
         "float",
         "The same function in fewer operators: constants and batch norms folded, layers fused.",
-        f"{_FOLD},fuse-conv-bn-relu,fuse-ffn,eliminate-dead-code",
+        f"{_FOLD},fuse-conv-bn-relu,fuse-ffn,fuse-pooled-heads,eliminate-dead-code",
     ),
     Preset(
         "int8",

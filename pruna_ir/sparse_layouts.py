@@ -107,6 +107,7 @@ _FUSED: dict[str, tuple[tuple[str, Layout], ...]] = {
     "pruna.ffn.default": tuple(
         (name, Layout("linear", 0, 1)) for name in ("w1", "w2", "gate_weight")
     ),
+    "pruna.pooled_linear.default": (("weight", Layout("linear", 0, 1)),),
 }
 _FAKE_QUANT = "pruna.fake_quant.default"
 

@@ -14,7 +14,10 @@ from torch import nn
 from pruna_ir.backends.eager import Eager, Reference
 from pruna_ir.build import build
 from pruna_ir.capture import capture
+from pruna_ir.certify import FLOAT_FACTOR, FLOOR_EPS
+from pruna_ir.equivalence import relative_error, run_float64, run_native
 from pruna_ir.lowering import CERTIFICATE, LoadOptions, Verdict
+from pruna_ir.pipeline import Pipeline
 from pruna_ir.registry import find_backend
 from tests.networks import conv_net
 from tests.quantised import quantised_net
@@ -105,6 +108,31 @@ class Half(nn.Module):
 def test_bfloat16_outputs_are_refused():
     (offender,) = Eager().unsupported(capture(Half(), (torch.randn(2, 3),)))
     assert offender.reason.startswith("numpy has no bfloat16")
+
+
+def test_a_fused_resnet_is_within_rounding_of_the_unfused_one_and_the_same_bits_again(tmp_path):
+    """Bottlenecks, as ResNet-50 has; the error to float64 is held to a certificate's limit."""
+    from torchvision.models.resnet import Bottleneck, ResNet
+
+    torch.manual_seed(0)
+    model = ResNet(Bottleneck, [1, 1, 1, 1], num_classes=5)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.3, 0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    unfused = capture(model.eval(), (torch.randn(2, 3, 32, 32),))
+    passes = "canonicalize,fold-batch-norm,fuse-conv-bn-relu,fuse-pooled-heads"
+    fused = Pipeline.parse(passes).run(unfused).program
+    artifact = build(fused, "eager", tmp_path / "out")
+    x = torch.randn(3, 3, 32, 32)
+    runs = [artifact.load(LoadOptions(threads=1)).run([x.numpy()])[0] for _ in range(2)]
+    assert np.array_equal(*runs)
+    (truth,), (own,) = run_float64(unfused, (x,)), run_native(unfused, (x,))
+    eps = torch.finfo(torch.float32).eps
+    limit = FLOAT_FACTOR * max(relative_error(own, truth), FLOOR_EPS * eps)
+    found = torch.from_numpy(runs[0])
+    assert relative_error(found, truth) <= limit
+    assert relative_error(found * 1.001, truth) > limit, "the comparison can fail"
 
 
 _RUN = """

@@ -67,7 +67,7 @@ def geometries(draw, spatial=SIDE, most=4):
     """Sizes, kernel, stride, padding and dilation by dimension; at least one pixel comes out."""
     lists = st.tuples(SIDE, SIDE, st.integers(0, 2), st.integers(1, 2), st.integers(0, most))
     each = [draw(lists) for _ in range(draw(spatial))]
-    kernel, stride, padding, dilation, more = (list(numbers) for numbers in zip(*each, strict=True))
+    kernel, stride, padding, dilation, more = (list(n) for n in zip(*each, strict=True))
     size = [
         max(1, d * (k - 1) + 1 - 2 * p) + m
         for k, p, d, m in zip(kernel, padding, dilation, more, strict=True)
@@ -98,7 +98,7 @@ def drawn(geometry, batch, ins, outs, groups, dtype, seed=0):
 def test_fast_path_is_within_rounding_of_the_float64_reference(
     geometry, batch, ins, outs, groups, activation, biased, added, seed
 ):
-    size, kernel, *lists = geometry
+    _, kernel, *lists = geometry
     x, weight, bias, residual = drawn(geometry, batch, ins, outs, groups, torch.float32, seed)
     single = (x, weight, bias if biased else None, residual if added else None)
     wide = [None if t is None else t.double() for t in single]

@@ -17,6 +17,7 @@ from pruna_ir.kernels.dynamic_range import (
     dynamic_zero_point_reference,
 )
 from pruna_ir.kernels.fake_quant import fake_quant
+from tests.kernels.poison import poisoned
 
 floats = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
 
@@ -83,6 +84,21 @@ def test_a_range_of_nothing_has_the_scale_1(values: list[float]) -> None:
 
 def test_nan_stays_nan() -> None:
     assert dynamic_scale(torch.tensor([1.0, torch.nan]), 0, 255).isnan()
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.integers(1, 5), max_size=4), st.sampled_from([(0, 255), (-128, 127)]),
+    st.integers(0, 99),
+)  # fmt: skip
+def test_any_shape(shape: list[int], grid: tuple[int, int], seed: int) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    expected = dynamic_scale_reference(x, *grid)
+    with poisoned():
+        scale = dynamic_scale(x, *grid)
+        zero = dynamic_zero_point(x, scale, *grid)
+    assert torch.equal(scale, expected)
+    assert torch.equal(zero, dynamic_zero_point_reference(x, scale, *grid))
 
 
 def test_the_operators_are_their_references_and_can_be_traced() -> None:

@@ -16,6 +16,7 @@ from pruna_ir.kernels.fake_quant import (
     fake_quant_gradients,
     fake_quant_reference,
 )
+from tests.kernels.poison import poisoned
 
 TINY = torch.finfo(torch.float32).tiny
 OP = torch.ops.pruna.fake_quant.default
@@ -98,6 +99,29 @@ def test_each_channel_has_its_own_grid(axis: int, dtype: torch.dtype) -> None:
         assert torch.equal(y.select(axis, channel), alone)
     wrong = fake_quant(x, scale.flip(0), zero, axis, -16, 15)
     assert not torch.equal(y, wrong)
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.integers(1, 5), max_size=4), st.integers(-4, 3), st.booleans(), grids,
+    st.booleans(), st.integers(0, 99),
+)  # fmt: skip
+def test_equals_the_reference_on_any_shape(
+    shape: list[int], axis: int, by_channel: bool, grid: tuple[int, int], strided: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    by_channel = by_channel and -len(shape) <= axis < len(shape)
+    x = torch.randn(shape, generator=generator) * 5
+    x = x.transpose(0, -1) if strided and len(shape) > 1 else x
+    channels = [x.shape[axis]] if by_channel else []
+    scale = torch.rand(channels, generator=generator) + 0.01
+    zero = torch.randint(*grid, channels, generator=generator, dtype=torch.int32)
+    arguments = (x, scale, zero, axis if by_channel else None, *grid)
+    expected = fake_quant_reference(*arguments)
+    with poisoned():
+        found = fake_quant(*arguments)
+    assert found.shape == x.shape
+    assert torch.equal(found, expected)
 
 
 def test_keeps_layout_and_reduced_precision_dtypes() -> None:

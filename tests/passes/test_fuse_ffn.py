@@ -117,11 +117,13 @@ def test_other_sums_stay(function):
 
 def test_what_became_of_norms_and_residuals_on_a_real_model():
     result = fused(canonical("gpt2"))
-    added = [fuse_ffn.bind_arguments(node)["residual"] for node in result.program.calls(fuse_ffn.FFN)]
+    blocks = result.program.calls(fuse_ffn.FFN)
+    added = [fuse_ffn.bind_arguments(node)["residual"] for node in blocks]
     assert [node is not None for node in added] == [True, True]
     (note,) = [remark.message for remark in result.remarks if remark.kind == "note"]
     assert note == (
-        "2 blocks read a norm's result; norms stay: matrix products do not normalise what they read"
+        "2 blocks read a norm's result; norms stay: matrix products do not normalise what they "
+        "read"
     )
 
 
