@@ -35,6 +35,7 @@ class HugePages:
     def __init__(self) -> None:
         self._piece: mmap.mmap | None = None
         self._used = 0
+        self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A contiguous tensor of any contents, with a storage of its own."""
@@ -47,6 +48,13 @@ class HugePages:
             self._piece, start = _advised(max(size, PIECE)), 0
         self._used = start + size
         return torch.frombuffer(self._piece, dtype=dtype, count=count, offset=start).view(*shape)
+
+    def scratch(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A contiguous tensor of any contents, in memory that the next call hands out again."""
+        size = math.prod(shape) * dtype.itemsize
+        if size > len(self._scratch):
+            self._scratch = torch.empty(size, dtype=torch.uint8)
+        return self._scratch[:size].view(dtype).view(*shape)
 
 
 def _advised(size: int) -> mmap.mmap:

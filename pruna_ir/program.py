@@ -23,7 +23,7 @@ from torch import fx
 
 from pruna_ir.collector import paused_collector
 from pruna_ir.errors import InvalidIRError, UsageError
-from pruna_ir.lazy_module import LazyGraphModule
+from pruna_ir.lazy_module import LazyGraphModule, sharing
 from pruna_ir.tensor_cache import TensorCache
 
 Size = int | str
@@ -130,12 +130,14 @@ class Program:
         Raises:
             UsageError: the program has no tensor of that name.
         """
-        path, _, leaf = target.rpartition(".")
-        owner: Any = self.module
-        for part in path.split(".") if path else ():
-            # Straight from the table: the attribute look-up of modules is slow.
-            owner = owner._modules.get(part) if isinstance(owner, torch.nn.Module) else None
-        value = getattr(owner, leaf, None)
+        *path, leaf = target.split(".")
+        owner: torch.nn.Module | None = self.module
+        for part in path:
+            # Straight from the tables: the attribute look-up of modules is slow.
+            owner = None if owner is None else owner._modules.get(part)
+        value = None if owner is None else owner._parameters.get(leaf)
+        if value is None:
+            value = getattr(owner, leaf, None)
         if not isinstance(value, torch.Tensor):
             raise UsageError(f"the program has no tensor named '{target}'")
         return value
@@ -150,8 +152,10 @@ class Program:
     def fork(self) -> Program:
         """A program with its own nodes that shares every tensor with this one."""
         with paused_collector():
-            graph = copy.deepcopy(self.graph)
-        return replace(self, module=LazyGraphModule(self.module, graph, "Program"))
+            graph, module = _copied(self.graph), self.module
+            if isinstance(module, LazyGraphModule):
+                return replace(self, module=sharing(module, graph))
+            return replace(self, module=LazyGraphModule(module, graph, "Program"))
 
     def bind(self, inputs: Iterable[torch.Tensor], named: Mapping[str, torch.Tensor]) -> list[
         torch.Tensor
@@ -234,6 +238,21 @@ class Program:
             arguments = fx.map_arg((node.args, node.kwargs), lambda n: _Symbol(number(n)))
             digest.update(f"{node.op} {_target_name(node.target)} {arguments}\n".encode())
         return digest.hexdigest()[:16]
+
+
+def _copied(graph: fx.Graph) -> fx.Graph:
+    """What ``copy.deepcopy(graph)`` gives, without its search of all arguments for raw symbols."""
+    new = fx.Graph(tracer_cls=graph._tracer_cls)
+    new.set_codegen(copy.deepcopy(graph._codegen))
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        own = new.create_node(node.op, node.target, name=node.name, type_expr=node.type)
+        own.args = fx.map_arg(node.args, copies.__getitem__)
+        if node.kwargs:
+            own.kwargs = fx.map_arg(node.kwargs, copies.__getitem__)
+        own.meta.update(node.meta)
+        copies[node] = own
+    return new
 
 
 class _Symbol(str):

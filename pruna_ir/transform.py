@@ -392,9 +392,9 @@ class Rewrite:
     def _module(self) -> LazyGraphModule:
         """The module of the finished graph: the fork's own where no tensor was left behind."""
         module = self.program.module
-        if isinstance(module, LazyGraphModule) and _tensor_names(module) == set(
-            self.program.tensors()
-        ):
+        if isinstance(module, LazyGraphModule) and _tensor_names(module) == {
+            str(node.target) for node in self.graph.find_nodes(op="get_attr")
+        }:
             module.graph = self.graph
             return module
         return LazyGraphModule(module, self.graph, "Program")
@@ -435,9 +435,12 @@ def _set_tensor(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> Non
     *path, leaf = name.split(".")
     owner = module
     for part in path:
-        if not hasattr(owner, part):
-            owner.add_module(part, torch.nn.Module())
-        owner = getattr(owner, part)
+        # Straight from the table: the attribute look-up of modules is slow.
+        child = owner._modules.get(part)
+        if child is None:
+            child = torch.nn.Module()
+            owner.add_module(part, child)
+        owner = child
     if leaf in owner._buffers and isinstance(tensor, torch.nn.Parameter):
         del owner._buffers[leaf]
     if leaf in owner._parameters and not isinstance(tensor, torch.nn.Parameter):

@@ -42,3 +42,14 @@ def test_a_tensor_outlives_the_others_and_can_be_copied():
     assert torch.equal(copy.deepcopy(tensor), torch.full([5000], 3.0))
     tensor.add_(1.0)
     assert float(tensor.sum()) == 20000.0
+
+
+def test_scratch_is_used_again_and_grows():
+    memory = HugePages()
+    small = memory.scratch([3, 5], torch.float32).fill_(1.0)
+    again = memory.scratch([2, 4], torch.bfloat16)
+    assert small.shape == (3, 5)
+    assert again.data_ptr() == small.data_ptr()
+    large = memory.scratch([100, 7], torch.float64).fill_(2.0)
+    assert large.shape == (100, 7)
+    assert bool((small == 1.0).all())

@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.func import functional_call
 
 from pruna_ir import apply, capture
-from pruna_ir.lazy_module import LazyGraphModule
+from pruna_ir.lazy_module import LazyGraphModule, sharing
 from pruna_ir.passes.canonicalize import Canonicalize
 from tests.networks import seeded
 
@@ -75,3 +75,15 @@ def test_another_graph_discards_the_code(module):
 def test_it_can_be_trained(module):
     module(X)[0].sum().backward()
     assert all(p.grad is not None for p in module.parameters())
+
+
+def test_a_module_that_shares_tensors_has_tables_of_its_own(module):
+    shared = sharing(module, copy.deepcopy(module.graph))
+    assert {n: id(p) for n, p in shared.named_parameters()} == {
+        n: id(p) for n, p in module.named_parameters()
+    }
+    name, weight = next(iter(shared.named_parameters()))
+    owner = shared.get_submodule(name.rpartition(".")[0])
+    owner.register_parameter(name.rpartition(".")[2], nn.Parameter(torch.zeros_like(weight)))
+    assert dict(module.named_parameters())[name] is weight
+    assert not torch.equal(shared(X)[0], module(X)[0])

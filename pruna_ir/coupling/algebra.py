@@ -215,9 +215,10 @@ class Algebra:
         if not mine or not theirs:
             return mine + theirs
         if len(mine) == len(theirs) == 1 and set(mine[0].factors) == set(theirs[0].factors):
-            order = theirs[0].axes(mine[0].factors)
-            self.links.connect(mine[0].ids, theirs[0].ids.transpose(order))
-            return mine
+            ids = theirs[0].ids.transpose(theirs[0].axes(mine[0].factors))
+            self.links.connect(mine[0].ids, ids)
+            # Ids that stand for repeats of one element say nothing of the channels they meet.
+            return [Block(mine[0].factors, ids)] if self.links.is_soft(mine[0].ids) else mine
         every = mine + theirs
         cover = max(every, key=lambda block: len(block.factors))
         others = [block for block in every if block is not cover]

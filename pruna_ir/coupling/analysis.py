@@ -29,7 +29,7 @@ from pruna_ir.coupling.links import ATTENTION, Links, Reason, Units
 from pruna_ir.coupling.plan import RemovalPlan
 from pruna_ir.coupling.rule import Result, Site
 from pruna_ir.coupling.table import rule_of
-from pruna_ir.coupling.value import Block, Ids, Mask, Value, extent, factors_of
+from pruna_ir.coupling.value import Block, Extent, Ids, Mask, Value, factors_of
 from pruna_ir.errors import InvalidIRError, UsageError
 from pruna_ir.program import Program, source_line
 from pruna_ir.registry import unknown
@@ -148,10 +148,12 @@ def couple(program: Program, attention: str = "heads") -> Coupling:
     if attention not in ATTENTION:
         raise UsageError(unknown("attention granularity", attention, ATTENTION))
     links = Links(attention)
-    tensors = _tensor_ids(program, links)
+    stored = program.tensors()
+    tensors = _tensor_ids(stored, links)
+    parameters = {name: _parameter(tensor, tensors.get(name)) for name, tensor in stored.items()}
     values: dict[fx.Node, Result] = {}
     for node in program.graph.nodes:
-        value = _value(program, node, values, links, tensors)
+        value = _value(program, node, values, links, parameters)
         if value is not None:
             values[node] = value
     blocks = _keep_rectangular(values, links)
@@ -159,11 +161,13 @@ def couple(program: Program, attention: str = "heads") -> Coupling:
     return Coupling(tensors, names, links.solve(), blocks)
 
 
-def _tensor_ids(program: Program, links: Links) -> dict[str, tuple[Ids | None, ...]]:
+def _tensor_ids(
+    stored: Mapping[str, torch.Tensor], links: Links
+) -> dict[str, tuple[Ids | None, ...]]:
     """Ids for every dimension of every floating-point tensor; tied tensors share theirs."""
     known: dict[Any, tuple[Ids | None, ...]] = {}
     tensors = {}
-    for name, tensor in program.tensors().items():
+    for name, tensor in stored.items():
         if not tensor.is_floating_point():
             continue
         key = _identity(tensor)
@@ -184,10 +188,10 @@ def _value(
     node: fx.Node,
     values: dict[fx.Node, Result],
     links: Links,
-    tensors: Mapping[str, tuple[Ids | None, ...]],
+    parameters: Mapping[str, Value],
 ) -> Result | None:
     if node.op == "get_attr":
-        return _parameter(program.tensor(str(node.target)), tensors.get(str(node.target)))
+        return parameters[str(node.target)]
     if node.op == "output":
         _freeze_outputs(program, values, links)
         return None
@@ -270,15 +274,19 @@ def _without_rule(node: fx.Node) -> str:
 
 def _check_shape(site: Site, value: Result) -> None:
     metas = site.node.meta["val"]
-    values = value if isinstance(value, tuple) else (value,)
-    expected_of = metas if isinstance(value, tuple) else (metas,)
-    for one, meta in zip(values, expected_of, strict=True):
-        expected = tuple(map(extent, meta.shape)) if isinstance(meta, torch.Tensor) else ()
-        if one.sizes() != expected:
-            raise InvalidIRError(
-                f"the coupling rule of {site.node.target} gives {site.node.name} the shape "
-                f"{list(one.sizes())}, but it is {list(expected)}; the rule is wrong"
-            )
+    if isinstance(value, Value):
+        _check_sizes(site, value, site.shape() if isinstance(metas, torch.Tensor) else ())
+        return
+    for number, (one, meta) in enumerate(zip(value, metas, strict=True)):
+        _check_sizes(site, one, site.shape(number) if isinstance(meta, torch.Tensor) else ())
+
+
+def _check_sizes(site: Site, value: Value, expected: tuple[Extent, ...]) -> None:
+    if value.sizes() != expected:
+        raise InvalidIRError(
+            f"the coupling rule of {site.node.target} gives {site.node.name} the shape "
+            f"{list(value.sizes())}, but it is {list(expected)}; the rule is wrong"
+        )
 
 
 def _keep_rectangular(
@@ -356,12 +364,13 @@ def _numbers(solved: Units, places: list[Ids]) -> Ids:
     draw = np.random.default_rng(0)
     numbers = draw.integers(1, 2**63, size=(len(places), 2), dtype=np.uint64)
     reasons = draw.integers(1, 2**63, size=(len(solved.reasons) + 1, 2), dtype=np.uint64)
-    signature = reasons[solved.reason]
+    halves = [np.ascontiguousarray(half) for half in reasons[solved.reason].T]
     if places:
         sizes = [len(unit) for unit in places]
         units = np.concatenate(places)
-        for half in range(2):
-            np.add.at(signature[:, half], units, np.repeat(numbers[:, half], sizes))
+        for half, number in zip(halves, numbers.T, strict=True):
+            np.add.at(half, units, np.repeat(number, sizes))
+    signature = np.stack(halves, axis=1)
     kept = np.flatnonzero(~solved.frozen | (solved.reason >= 0))
     kept = kept[np.lexsort((signature[kept, 1], signature[kept, 0]))]
     new = (np.diff(signature[kept], axis=0, prepend=0) != 0).any(axis=1)

@@ -5,7 +5,7 @@ Rules *connect* ids (they must go together), *freeze* ids (they must stay, for a
 of a tensor is a rectangle: along a product, removal may depend on the index of one axis only.
 Which one is decided when everything else is known:
 
-1. connected components of all connections (scipy.sparse.csgraph);
+1. connected components of all connections (`components`);
 2. a product whose components vary along one axis at most is settled: that axis it is, and ids of
    its readers on the other axes freeze;
 3. where nothing else can be settled, an open product takes the outermost axis along which it
@@ -23,8 +23,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from pruna_ir.coupling.value import Ids, Mask
 
@@ -159,11 +157,9 @@ class Links:
         right = labels[_joined(b for _, b in self._edges)]
         # They are in the labels from here on.
         self._edges.clear()
-        size = int(labels.max(initial=-1)) + 1
-        graph = coo_array((np.ones(left.size), (left, right)), shape=(size, size))
-        number, merged = connected_components(graph, directed=False)
-        found = merged.astype(np.int64)[labels]
-        frozen = np.zeros(number, np.bool_)
+        merged = components(int(labels.max(initial=-1)) + 1, left, right)
+        found = merged[labels]
+        frozen = np.zeros(int(merged.max(initial=-1)) + 1, np.bool_)
         for ids, _ in self._frozen:
             frozen[found[ids]] = True
         return found, frozen
@@ -224,6 +220,32 @@ class Links:
         for ids in self._rows:
             produced[ids] = True
         return Units(labels, frozen, reason, tuple(self.reasons), produced)
+
+
+def components(count: int, left: Ids, right: Ids) -> Ids:
+    """The connected component of each of ``count`` nodes, numbered by their first nodes.
+
+    Every root that has a smaller neighbour is hung under the smallest; paths are then shortened
+    to their roots, and edges inside of a component dropped, until none is left (Shiloach and
+    Vishkin, J. Algorithms 3, 1982). Each round is a few numpy operations.
+
+    Args:
+        count: the number of nodes.
+        left: one end of every edge.
+        right: the other.
+
+    >>> components(5, np.array([0, 3]), np.array([2, 4]))
+    array([0, 1, 0, 2, 2])
+    """
+    parent = np.arange(count)
+    while left.size:
+        np.minimum.at(parent, np.maximum(left, right), np.minimum(left, right))
+        while (parent != (up := parent[parent])).any():
+            parent = up
+        left, right = parent[left], parent[right]
+        apart = left != right
+        left, right = left[apart], right[apart]
+    return (np.cumsum(parent == np.arange(count)) - 1)[parent]
 
 
 def _joined(parts: Iterable[Ids]) -> Ids:

@@ -158,14 +158,16 @@ def _cut_tensors(rw: Rewrite, coupling: Coupling, alive: Mask) -> None:
 
 
 def _cut(tensor: torch.Tensor, kept: Sequence[Mask | None], memory: HugePages) -> torch.Tensor:
+    """The tensor without what is not kept; a Parameter stays one."""
     result = tensor.detach()
     cuts = [(k, mask) for k, mask in enumerate(kept) if mask is not None and not mask.all()]
     for number, (dim, mask) in enumerate(cuts, start=1):
         index = torch.from_numpy(np.flatnonzero(mask)).to(result.device)
         out = None
-        if number == len(cuts) and result.device.type == "cpu":
+        if result.device.type == "cpu" and number in (1, len(cuts)):
             shape = [*result.shape[:dim], len(index), *result.shape[dim + 1 :]]
-            out = memory.empty(shape, result.dtype)
+            make = memory.empty if number == len(cuts) else memory.scratch
+            out = make(shape, result.dtype)
         result = torch.index_select(result, dim, index, out=out)
     if isinstance(tensor, torch.nn.Parameter):
         return torch.nn.Parameter(result, requires_grad=tensor.requires_grad)
@@ -200,6 +202,7 @@ class _Shrunk:
     def __init__(self, alive: Mask) -> None:
         self._alive = alive
         self._left: dict[int, int] = {}
+        self._sizes: dict[Any, dict[int, tuple[int, int]]] = {}
         self._known: dict[Any, torch.Tensor] = {}
 
     def is_whole(self, block: Block) -> bool:
@@ -216,22 +219,25 @@ class _Shrunk:
         """The value of smaller size; None where it keeps its size."""
         if not isinstance(meta, torch.Tensor):
             return None
-        shrinking = [block for block in value.blocks if not self.is_whole(block)]
-        if not shrinking:
+        key = (value.dims, value.blocks)
+        if key not in self._sizes:
+            self._sizes[key] = self._counts(value)
+        counts = self._sizes[key]
+        if not counts:
             return None
-        counts = self._counts(value, shrinking)
         after = tuple(
             product(factor.size for factor in factors) if dim not in counts
             else counts[dim][1] * _symbolic(factors)
             for dim, factors in enumerate(value.dims)
         )  # fmt: skip
-        key = (meta.dtype, meta.device, after)
-        if key not in self._known:
-            self._known[key] = resized_value(meta, _resized(meta.shape, counts))
-        return self._known[key]
+        known = (meta.dtype, meta.device, after)
+        if known not in self._known:
+            self._known[known] = resized_value(meta, _resized(meta.shape, counts))
+        return self._known[known]
 
-    def _counts(self, value: Value, shrinking: list[Block]) -> dict[int, tuple[int, int]]:
+    def _counts(self, value: Value) -> dict[int, tuple[int, int]]:
         """For dimensions that shrink: the static part of the size, before and after removal."""
+        shrinking = [block for block in value.blocks if not self.is_whole(block)]
         touched = {factor for block in shrinking for factor in block.factors}
         counts = {}
         for dim, factors in enumerate(value.dims):

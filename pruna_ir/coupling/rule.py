@@ -15,6 +15,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch import fx
 from pruna_ir.call import bind_arguments
 from pruna_ir.coupling.algebra import Algebra
 from pruna_ir.coupling.links import Links
-from pruna_ir.coupling.value import Extent, Factor, Mask, Value, extent, product
+from pruna_ir.coupling.value import Extent, Factor, Mask, Value, extent, factors_of, product
 from pruna_ir.errors import PassError
 from pruna_ir.transform import Rewrite
 
@@ -91,8 +92,14 @@ class Site:
 
     def shape(self, output: int | None = None) -> tuple[Extent, ...]:
         """The sizes of the result (of one of several)."""
-        meta = self.node.meta["val"]
-        return tuple(map(extent, (meta if output is None else meta[output]).shape))
+        if output is None:
+            return self._sizes
+        return tuple(map(extent, self.node.meta["val"][output].shape))
+
+    @cached_property
+    def _sizes(self) -> tuple[Extent, ...]:
+        """The sizes of the only result; reading them from a fake tensor is slow."""
+        return tuple(map(extent, self.node.meta["val"].shape))
 
     def axis(self, name: str, rank: int) -> int:
         """A dimension argument, counted from the front."""
@@ -110,7 +117,7 @@ class Site:
         """Results without ids, of the shapes that the node has."""
         meta = self.node.meta["val"]
         if isinstance(meta, torch.Tensor):
-            return Value.untracked(meta.shape)
+            return Value(tuple(map(factors_of, self._sizes)))
         return tuple(
             Value.untracked(item.shape if isinstance(item, torch.Tensor) else ()) for item in meta
         )

@@ -95,6 +95,7 @@ class Selected(nn.Module):
         self.q, self.k, self.v = nn.Linear(5, 12), nn.Linear(5, 12), nn.Linear(5, 12)
         self.out = nn.Linear(12, 3)
         self.register_buffer("mask", torch.rand(7, 7) > 0.6)
+        self.register_buffer("floor", torch.tensor(-1e9))
         self.register_buffer("places", torch.randint(0, 7, (7, 7)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -103,6 +104,8 @@ class Selected(nn.Module):
         scores = q @ k.transpose(-1, -2)
         if self.spelling == "masked":
             scores = scores.masked_fill(self.mask.expand(n, 4, s, s), -1e9)
+        elif self.spelling == "chosen":
+            scores = torch.where(self.mask.expand(n, 4, s, s), scores, self.floor)
         else:
             scores = scores.gather(-1, self.places.expand(n, 4, s, s))
         return self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(n, s, 12))
@@ -113,7 +116,7 @@ MODULES = {
     **{name: lambda name=name: GroupedQueries(name) for name in SPELLINGS},
     **{name: lambda name=name: ChannelAttention(name) for name in ("cross-covariance", "linear")},
     "weighted": Weighted,
-    **{name: lambda name=name: Selected(name) for name in ("masked", "gathered")},
+    **{name: lambda name=name: Selected(name) for name in ("masked", "chosen", "gathered")},
 }
 
 
@@ -171,7 +174,7 @@ def test_attention_between_channels_loses_channels_of_every_head(spelling):
     assert "temperature[0]" not in gone
 
 
-@pytest.mark.parametrize("spelling", ["masked", "gathered"])
+@pytest.mark.parametrize("spelling", ["masked", "chosen", "gathered"])
 def test_what_is_repeated_for_every_head_does_not_hold_the_heads(spelling):
     gone = removed(spelling, "heads")
     assert gone["q.weight[0]"] == gone["v.weight[0]"] == gone["out.weight[1]"] == tuple(range(6))
