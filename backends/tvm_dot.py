@@ -114,7 +114,7 @@ def _instruction(store: Any) -> Any:
     """``sums[lane] += dot(data[i], packed[lane])`` as one vector; other stores as they are."""
     from tvm import tirx
 
-    call = getattr(store.value, "b", None)
+    call: Any = getattr(store.value, "b", None)
     kind = _kind(call)
     if kind is None:
         return store

@@ -93,7 +93,8 @@ class Compiled:
         self.function["main"](tvm.runtime.tensor(data), packed, result)
         plain = result.numpy().transpose(0, 1, 4, 2, 3)
         n, blocks, lanes, height, width = plain.shape
-        return plain.reshape(n, blocks * lanes, height, width)[:, : self.constants.outputs]
+        whole = plain.reshape(n, blocks * lanes, height, width)
+        return np.asarray(whole[:, : self.constants.outputs])
 
 
 def sums_reference(constants: Convolution, data: Array, weight: Array, zero: int) -> Array:
@@ -208,7 +209,8 @@ class Quantiser(torch.nn.Module):
         self.ends = qmin, qmax
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return fake_quant(x, self.scale, self.zero, None, *self.ends)
+        made: torch.Tensor = fake_quant(x, self.scale, self.zero, None, *self.ends)
+        return made
 
 
 class Layer(torch.nn.Module):
@@ -226,7 +228,8 @@ class Layer(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = fake_quant(self.conv.weight, self.scale, self.zero, self.axis, -127, 127)
-        return self.conv._conv_forward(x, weight, self.conv.bias)
+        made: torch.Tensor = self.conv._conv_forward(x, weight, self.conv.bias)
+        return made
 
 
 class Chain(torch.nn.Module):
