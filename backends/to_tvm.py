@@ -47,7 +47,8 @@ from pruna_ir.transform import API_VERSION, Context
 NO_DEVICE = "no CUDA device; the artifact runs on an NVIDIA GPU with its driver"
 _SHOWN = 8
 _FLOATS = (
-    "tvm: quantised convolutions multiply float32: {cpu} has no AVX512-VNNI, which multiplies bytes"
+    "tvm: quantised convolutions multiply float32: {cpu} has no AVX512-VNNI, "
+    "whose instructions multiply bytes"
 )
 _COMPILERS = ("g++", "gcc", "clang++", "clang", "c++", "cc")
 

@@ -9,7 +9,8 @@ blocks) is computed on them too:
 so that ``block`` and ``unblock`` remain at the ends of a network alone. The lanes behind the last
 channel hold anything: nothing that is kept reads them.
 
-A ``conv1d`` is a convolution of height one.
+A ``conv1d`` is a convolution of height one. Where the processor multiplies bytes, a convolution
+whose operands are quantised reads bytes, which are blocked too: see `tvm_bytes`.
 
 Limits: a convolution on tensors of unknown height or width stays as it is; data of fewer than 16
 channels is read where it lies.
@@ -18,7 +19,7 @@ channels is read where it lies.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,15 @@ from pruna_ir.backends.tvm_convolutions import (
     rule,
 )
 from pruna_ir.backends.tvm_dot import INT8
+from pruna_ir.backends.tvm_layouts import (
+    Blocked,
+    Quantised,
+    as_blocked,
+    as_bytes,
+    is_blocked,
+    is_quantised,
+    unblocked,
+)
 from pruna_ir.backends.tvm_loops import LANES
 
 _ELEMENTWISE = frozenset(
@@ -50,22 +60,6 @@ _ELEMENTWISE = frozenset(
 _POOLS: Mapping[str, str] = {"relax.nn.max_pool2d": "max", "relax.nn.avg_pool2d": "avg"}
 _LAYOUT = f"NCHW{LANES}c"
 _PLAIN = (("NCHW", "OIHW", "NCHW"), ("NCHW", "OIHW", ""))
-
-
-@dataclass(frozen=True)
-class _Blocked:
-    """A blocked tensor and how many of its channels mean something."""
-
-    value: Any
-    channels: int
-
-
-@dataclass(frozen=True)
-class _Quantised:
-    """A tensor on a grid, and the tensor that was quantised, where its bytes are to be made."""
-
-    grid: Grid
-    source: Any = None
 
 
 def block_convolutions(
@@ -105,9 +99,9 @@ def _rewriter() -> Any:
             weights = main.params[int(main.attrs["num_input"]) :]
             self.vectors, self.dots, self.choose = vectors, dots, choose
             self.parameters = dict(zip(weights, parameters.values(), strict=True))
-            self.blocked: dict[Any, _Blocked] = {}
-            self.quantised: dict[Any, _Quantised] = {}
-            self.bytes: dict[Any, _Blocked] = {}
+            self.blocked: dict[Any, Blocked] = {}
+            self.quantised: dict[Any, Quantised] = {}
+            self.bytes: dict[Any, Blocked] = {}
             self.bindings = {b.var: b.value for block in main.body.blocks for b in block.bindings}
 
         def rewritten(self, module: Any) -> Any:
@@ -121,9 +115,9 @@ def _rewriter() -> Any:
                 plain = _on_bytes(self, binding)
             made = None if plain is not None else _blocked_form(self, binding.value)
             if made is not None:
-                blocked = _Blocked(self.builder_.emit(made.value), made.channels)
+                blocked = Blocked(self.builder_.emit(made.value), made.channels)
                 self.blocked[binding.var] = blocked
-                plain = _unblocked(self.builder_, blocked, binding.value.ty)
+                plain = unblocked(self.builder_, blocked, binding.value.ty)
             if plain is None:
                 super().visit_var_binding_(binding)
                 return
@@ -134,80 +128,6 @@ def _rewriter() -> Any:
     return Rewriter
 
 
-# -- moving between layouts ----------------------------------------------------------------------
-
-
-def _unblocked(builder: Any, blocked: _Blocked, like: Any) -> Any:
-    from tvm import te
-
-    n, _, height, width = like.shape
-
-    def unblock(x: Any) -> Any:
-        return te.compute(
-            (n, blocked.channels, height, width),
-            lambda n, c, y, x_: x[n, c // LANES, y, x_, c % LANES],
-            name="unblock",
-        )
-
-    return builder.call_te(unblock, blocked.value, primfunc_name_hint="unblock")
-
-
-def _block(builder: Any, value: Any) -> Any:
-    from tvm import te, tirx
-
-    def block(x: Any) -> Any:
-        n, channels, height, width = x.shape
-
-        def element(n: Any, c: Any, y: Any, x_: Any, lane: Any) -> Any:
-            channel = c * LANES + lane
-            if int(channels) % LANES == 0:
-                return x[n, channel, y, x_]
-            zero = tirx.const(0, x.dtype)
-            return tirx.if_then_else(channel < channels, x[n, channel, y, x_], zero)
-
-        shape = (n, -(-int(channels) // LANES), height, width, LANES)
-        return te.compute(shape, element, name="block")
-
-    return builder.emit(builder.call_te(block, value, primfunc_name_hint="block"))
-
-
-def _as_blocked(rewriter: Any, value: Any) -> Any:
-    """A tensor [n, C, H, W] as a blocked one.
-
-    One on a grid is computed from its bytes for each reader, which it is fused into.
-    """
-    if _is_quantised(rewriter, value):
-        grid = rewriter.quantised[value].grid
-        made = rewriter.builder_.call_te(tvm_bytes.dequantize(grid), _as_bytes(rewriter, value))
-        return rewriter.builder_.emit(made)
-    if value in rewriter.blocked:
-        return rewriter.blocked[value].value
-    made = _block(rewriter.builder_, rewriter.visit_expr(value))
-    rewriter.blocked[value] = _Blocked(made, int(value.ty.shape[1]))
-    return made
-
-
-def _is_quantised(rewriter: Any, value: Any) -> bool:
-    """Whether a tensor's bytes are blocked, or can be made of a blocked tensor."""
-    held = rewriter.quantised.get(value)
-    return value in rewriter.bytes or (held is not None and held.source in rewriter.blocked)
-
-
-def _is_blocked(rewriter: Any, value: Any) -> bool:
-    return value in rewriter.blocked or _is_quantised(rewriter, value)
-
-
-def _as_bytes(rewriter: Any, value: Any) -> Any:
-    """The blocked bytes of a quantised tensor."""
-    if value not in rewriter.bytes:
-        held = rewriter.quantised[value]
-        source = _as_blocked(rewriter, held.source)
-        made = rewriter.builder_.call_te(tvm_bytes.quantize(held.grid), source)
-        made = rewriter.builder_.emit(made)
-        rewriter.bytes[value] = _Blocked(made, int(value.ty.shape[1]))
-    return rewriter.bytes[value].value
-
-
 def _on_bytes(rewriter: Any, binding: Any) -> Any:
     """Note what a quantiser gives; a max pool of that, computed on bytes, as a plain tensor."""
     value, builder = binding.value, rewriter.builder_
@@ -215,25 +135,25 @@ def _on_bytes(rewriter: Any, binding: Any) -> Any:
     if sizes is None:
         return None
     if found := tvm_bytes.quantised_source(value, rewriter.bindings):
-        rewriter.quantised[binding.var] = _Quantised(found[1], found[0])
+        rewriter.quantised[binding.var] = Quantised(found[1], found[0])
     if getattr(getattr(value, "op", None), "name", "") != "relax.nn.max_pool2d":
         return None
     data = value.args[0]
-    if not _is_quantised(rewriter, data) or value.attrs.layout != "NCHW":
+    if not is_quantised(rewriter, data) or value.attrs.layout != "NCHW":
         return None
     pooled = builder.call_te(
-        _pooling(value.attrs, "max"), _as_bytes(rewriter, data), primfunc_name_hint="max_pool2d"
+        _pooling(value.attrs, "max"), as_bytes(rewriter, data), primfunc_name_hint="max_pool2d"
     )
-    rewriter.quantised[binding.var] = _Quantised(rewriter.quantised[data].grid)
-    rewriter.bytes[binding.var] = _Blocked(builder.emit(pooled), sizes[0])
-    real = _Blocked(_as_blocked(rewriter, binding.var), sizes[0])
-    return _unblocked(builder, real, value.ty)
+    rewriter.quantised[binding.var] = Quantised(rewriter.quantised[data].grid)
+    rewriter.bytes[binding.var] = Blocked(builder.emit(pooled), sizes[0])
+    real = Blocked(as_blocked(rewriter, binding.var), sizes[0])
+    return unblocked(builder, real, value.ty)
 
 
 # -- operators -----------------------------------------------------------------------------------
 
 
-def _blocked_form(rewriter: Any, call: Any) -> _Blocked | None:
+def _blocked_form(rewriter: Any, call: Any) -> Blocked | None:
     """The call that computes a value blocked; None where it is to be computed as it is."""
     from tvm import relax
 
@@ -264,7 +184,7 @@ def _sizes(value: Any) -> list[int] | None:
     return [int(size) for size in sizes]
 
 
-def _convolution(rewriter: Any, call: Any) -> _Blocked | None:
+def _convolution(rewriter: Any, call: Any) -> Blocked | None:
     attributes, (data, weight) = call.attrs, call.args
     layouts = (attributes.data_layout, attributes.kernel_layout, str(attributes.out_layout))
     sizes, window = _sizes(data), _sizes(weight)
@@ -281,10 +201,10 @@ def _convolution(rewriter: Any, call: Any) -> _Blocked | None:
     )
     made = _integer_convolution(rewriter, constants, data, weight) if rewriter.dots else None
     if made is not None:
-        return _Blocked(made, constants.outputs)
+        return Blocked(made, constants.outputs)
     narrow = constants.inputs < LANES and not constants.is_depthwise
     plain = narrow and data not in rewriter.blocked
-    source = rewriter.visit_expr(data) if plain else _as_blocked(rewriter, data)
+    source = rewriter.visit_expr(data) if plain else as_blocked(rewriter, data)
     builder = rewriter.builder_
 
     packed = _packed(builder, constants, rewriter.visit_expr(weight))
@@ -295,24 +215,28 @@ def _convolution(rewriter: Any, call: Any) -> _Blocked | None:
         primfunc_name_hint="conv2d_depthwise" if constants.is_depthwise else "conv2d",
         primfunc_attrs=ATTRIBUTES,
     )
-    return _Blocked(made, constants.outputs)
+    return Blocked(made, constants.outputs)
 
 
 def _integer_convolution(
     rewriter: Any, constants: Convolution, data: Any, weight: Any
 ) -> Any:
-    """A convolution of bytes with int8 weights; None where one of its operands is not quantised."""
+    """A convolution of bytes with int8 weights; None where an operand is not quantised."""
     integers = tvm_bytes.quantised_weight(weight, rewriter.bindings, rewriter.parameters)
     if integers is None or data not in rewriter.quantised or not tvm_bytes.is_exact(constants):
         return None
     builder, held = rewriter.builder_, rewriter.quantised[data]
     constants = replace(constants, quad=INT8.depth)
     narrow = constants.inputs < LANES and not constants.is_depthwise
-    if narrow and not _is_quantised(rewriter, data):
+    if narrow and not is_quantised(rewriter, data):
         source = rewriter.visit_expr(held.source)
-        source = builder.emit(builder.call_te(tvm_bytes.quantize_words(held.grid), source))
+        source = builder.emit(
+            builder.call_te(
+                tvm_bytes.quantize_words(held.grid), source, primfunc_name_hint="quantize"
+            )
+        )
     else:
-        narrow, source = False, _as_bytes(rewriter, data)
+        narrow, source = False, as_bytes(rewriter, data)
     zero = held.grid.word if narrow else held.grid.zero
     sums = builder.call_te(
         convolve(constants, rewriter.vectors, rewriter.choose, zero),
@@ -370,8 +294,8 @@ def _flat_convolution(rewriter: Any, call: Any) -> Any:
     made = _convolution(rewriter, flat) if _sizes(flat) is not None else None
     if made is None:
         return None
-    blocked = _Blocked(builder.emit(made.value), made.channels)
-    return relax.op.squeeze(builder.emit(_unblocked(builder, blocked, flat.ty)), [2])
+    blocked = Blocked(builder.emit(made.value), made.channels)
+    return relax.op.squeeze(builder.emit(unblocked(builder, blocked, flat.ty)), [2])
 
 
 def _pair(values: Any) -> tuple[int, int]:
@@ -379,19 +303,19 @@ def _pair(values: Any) -> tuple[int, int]:
     return first, second
 
 
-def _elementwise(rewriter: Any, call: Any) -> _Blocked | None:
+def _elementwise(rewriter: Any, call: Any) -> Blocked | None:
     """An element-wise operator, one of whose operands is blocked already."""
     from tvm import relax
 
     tensors = [a for a in call.args if isinstance(a.ty, relax.TensorType) and a.ty.ndim > 0]
-    if not any(_is_blocked(rewriter, a) for a in tensors):
+    if not any(is_blocked(rewriter, a) for a in tensors):
         return None
     sizes = _sizes(call)
     assert sizes is not None
     forms = [_operand(rewriter, a, sizes) if a in tensors else a for a in call.args]
     if any(form is None for form in forms):
         return None
-    return _Blocked(relax.Call(call.op, forms, call.attrs), sizes[0])
+    return Blocked(relax.Call(call.op, forms, call.attrs), sizes[0])
 
 
 def _operand(rewriter: Any, value: Any, result: list[int]) -> Any:
@@ -406,18 +330,18 @@ def _operand(rewriter: Any, value: Any, result: list[int]) -> Any:
     sizes = _sizes(value)
     if sizes is None or sizes[0] != result[0]:
         return None
-    return _as_blocked(rewriter, value)
+    return as_blocked(rewriter, value)
 
 
-def _pool(rewriter: Any, call: Any, kind: str) -> _Blocked | None:
+def _pool(rewriter: Any, call: Any, kind: str) -> Blocked | None:
     data, attributes = call.args[0], call.attrs
-    if not _is_blocked(rewriter, data) or attributes.layout != "NCHW":
+    if not is_blocked(rewriter, data) or attributes.layout != "NCHW":
         return None
-    source = _as_blocked(rewriter, data)
+    source = as_blocked(rewriter, data)
     made = rewriter.builder_.call_te(
         _pooling(attributes, kind), source, primfunc_name_hint=f"{kind}_pool2d"
     )
-    return _Blocked(made, int(data.ty.shape[1]))
+    return Blocked(made, int(data.ty.shape[1]))
 
 
 def _pooling(attributes: Any, kind: str) -> Callable[[Any], Any]:
@@ -439,28 +363,28 @@ def _pooling(attributes: Any, kind: str) -> Callable[[Any], Any]:
     return pool
 
 
-def _mean(rewriter: Any, call: Any) -> _Blocked | None:
+def _mean(rewriter: Any, call: Any) -> Blocked | None:
     from tvm import relax
 
     data, attributes = call.args[0], call.attrs
     axes = attributes.axis
-    if not _is_blocked(rewriter, data) or axes is None or not attributes.keepdims:
+    if not is_blocked(rewriter, data) or axes is None or not attributes.keepdims:
         return None
     if sorted(int(axis) % 4 for axis in axes) != [2, 3]:
         return None
-    source = _as_blocked(rewriter, data)
-    return _Blocked(relax.op.mean(source, [2, 3], keepdims=True), int(data.ty.shape[1]))
+    source = as_blocked(rewriter, data)
+    return Blocked(relax.op.mean(source, [2, 3], keepdims=True), int(data.ty.shape[1]))
 
 
-def _concatenation(rewriter: Any, call: Any) -> _Blocked | None:
+def _concatenation(rewriter: Any, call: Any) -> Blocked | None:
     from tvm import relax
 
     parts = call.args[0]
     if not isinstance(parts, relax.Tuple) or int(call.attrs.axis) % 4 != 1:
         return None
     channels = [int(part.ty.shape[1]) for part in parts.fields]
-    blocked = all(_is_blocked(rewriter, part) for part in parts.fields)
+    blocked = all(is_blocked(rewriter, part) for part in parts.fields)
     if not blocked or any(count % LANES for count in channels):
         return None
-    joined = relax.op.concat([_as_blocked(rewriter, part) for part in parts.fields], 1)
-    return _Blocked(joined, sum(channels))
+    joined = relax.op.concat([as_blocked(rewriter, part) for part in parts.fields], 1)
+    return Blocked(joined, sum(channels))

@@ -65,7 +65,7 @@ def quantised_source(call: Any, bindings: Mapping[Any, Any]) -> tuple[Any, Grid]
     """
     if _name(call) != "relax.dequantize":
         return None
-    made = bindings.get(call.args[0])
+    made: Any = bindings.get(call.args[0])
     if _name(made) != "relax.quantize":
         return None
     scales, zeros = zip(*(map(_scalar, c.args[1:]) for c in (call, made)), strict=True)
@@ -87,7 +87,7 @@ def quantised_weight(
         bindings: the expressions that variables are bound to.
         parameters: the values of the arguments of ``main`` that are weights.
     """
-    call = bindings.get(value)
+    call: Any = bindings.get(value)
     if _name(call) != "relax.dequantize":
         return None
     integers, scale, zeros = call.args

@@ -2,8 +2,8 @@
 
     int8    vpdpbusd    s32[16] += sum of u8[4] * s8[16, 4]    exact: nothing saturates
 
-A computation names the product by `dot`, which reads the *first* of the values that lie behind each
-other in the data, and the word that packs as many weights (`word`):
+A computation names the product by `dot`, which reads the *first* of the values that lie behind
+each other in the data, and the word that packs as many weights (`word`):
 
     te.sum(dot(INT8, data[.., 4 * k], packed[.., k, lane]), axis=[k])
 
@@ -111,10 +111,10 @@ def with_dots(function: Any) -> Any:
 
 
 def _instruction(store: Any) -> Any:
-    """``sums[lane] = sums[lane] + dot(data[i], packed[lane])`` as one vector; others as they are."""
+    """``sums[lane] += dot(data[i], packed[lane])`` as one vector; other stores as they are."""
     from tvm import tirx
 
-    call = getattr(store.value, "b", None)
+    call: Any = getattr(store.value, "b", None)
     kind = _kind(call)
     if kind is None:
         return store
@@ -175,7 +175,7 @@ def _without_lanes(loop: Any, _: Any = None) -> Any:
 
 
 def multiplied(function: Any) -> str:
-    """The type that the instructions of a ``PrimFunc`` multiply; empty where it has none of ours."""
+    """The type that the instructions of a ``PrimFunc`` multiply; empty where it has none."""
     import tvm
     import tvm_ffi
 

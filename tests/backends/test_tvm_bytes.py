@@ -33,7 +33,9 @@ Array = np.ndarray[Any, Any]
 POISON = 0x7B7B7B7B
 
 
-NEEDS_DOTS = pytest.mark.skipif(not has_dots(host_target()), reason="the processor has no AVX512-VNNI")
+NEEDS_DOTS = pytest.mark.skipif(
+    not has_dots(host_target()), reason="the processor has no AVX512-VNNI"
+)
 PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 
@@ -91,7 +93,8 @@ class Compiled:
         self.function["main"](tvm.runtime.tensor(data), packed, result)
         plain = result.numpy().transpose(0, 1, 4, 2, 3)
         n, blocks, lanes, height, width = plain.shape
-        return plain.reshape(n, blocks * lanes, height, width)[:, : self.constants.outputs]
+        whole = plain.reshape(n, blocks * lanes, height, width)
+        return np.asarray(whole[:, : self.constants.outputs])
 
 
 def sums_reference(constants: Convolution, data: Array, weight: Array, zero: int) -> Array:
@@ -117,7 +120,7 @@ def blocked(data: Array, generator: np.random.Generator) -> Array:
 
 
 @NEEDS_DOTS
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(
     constants=convolutions(),
     size=st.tuples(st.integers(7, 9), st.sampled_from([7, 13, 16, 30])),
@@ -206,7 +209,8 @@ class Quantiser(torch.nn.Module):
         self.ends = qmin, qmax
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return fake_quant(x, self.scale, self.zero, None, *self.ends)
+        made: torch.Tensor = fake_quant(x, self.scale, self.zero, None, *self.ends)
+        return made
 
 
 class Layer(torch.nn.Module):
@@ -224,7 +228,8 @@ class Layer(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = fake_quant(self.conv.weight, self.scale, self.zero, self.axis, -127, 127)
-        return self.conv._conv_forward(x, weight, self.conv.bias)
+        made: torch.Tensor = self.conv._conv_forward(x, weight, self.conv.bias)
+        return made
 
 
 class Chain(torch.nn.Module):
@@ -262,7 +267,7 @@ def convolution_precisions(loaded: Any) -> list[str]:
 
 
 @NEEDS_DOTS
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_chain_of_layers_computes_torchs_bits(seed: int) -> None:
     torch.manual_seed(seed)
     module = Chain()

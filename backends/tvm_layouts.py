@@ -1,0 +1,111 @@
+"""Layouts: how a rewriter of Relax functions holds a tensor [n, C, H, W].
+
+    blocked    [n, C/16, H, W, 16], of the tensor's own type
+    bytes      blocked too, of a tensor on a grid, see `tvm_bytes`
+
+A rewriter has what the functions here look up and note: a ``builder_``, the dictionaries
+``blocked`` and ``bytes`` of `Blocked` tensors and ``quantised`` of `Quantised` ones, by the
+variable of the function that is rewritten. What one needs is made when it is asked for, once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pruna_ir.backends import tvm_bytes
+from pruna_ir.backends.tvm_bytes import Grid
+from pruna_ir.backends.tvm_loops import LANES
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """A blocked tensor and how many of its channels mean something."""
+
+    value: Any
+    channels: int
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A tensor on a grid, and the tensor that was quantised, where its bytes are to be made."""
+
+    grid: Grid
+    source: Any = None
+
+
+def unblocked(builder: Any, blocked: Blocked, like: Any) -> Any:
+    """The call that computes a plain tensor [n, C, H, W], of the type ``like``."""
+    from tvm import te
+
+    n, _, height, width = like.shape
+
+    def unblock(x: Any) -> Any:
+        return te.compute(
+            (n, blocked.channels, height, width),
+            lambda n, c, y, x_: x[n, c // LANES, y, x_, c % LANES],
+            name="unblock",
+        )
+
+    return builder.call_te(unblock, blocked.value, primfunc_name_hint="unblock")
+
+
+def _block(builder: Any, value: Any) -> Any:
+    from tvm import te, tirx
+
+    def block(x: Any) -> Any:
+        n, channels, height, width = x.shape
+
+        def element(n: Any, c: Any, y: Any, x_: Any, lane: Any) -> Any:
+            channel = c * LANES + lane
+            if int(channels) % LANES == 0:
+                return x[n, channel, y, x_]
+            zero = tirx.const(0, x.dtype)
+            return tirx.if_then_else(channel < channels, x[n, channel, y, x_], zero)
+
+        shape = (n, -(-int(channels) // LANES), height, width, LANES)
+        return te.compute(shape, element, name="block")
+
+    return builder.emit(builder.call_te(block, value, primfunc_name_hint="block"))
+
+
+def as_blocked(rewriter: Any, value: Any) -> Any:
+    """A tensor [n, C, H, W] as a blocked one.
+
+    One on a grid is computed from its bytes for each reader, which it is fused into.
+    """
+    if is_quantised(rewriter, value):
+        grid = rewriter.quantised[value].grid
+        made = rewriter.builder_.call_te(
+            tvm_bytes.dequantize(grid), as_bytes(rewriter, value), primfunc_name_hint="dequantize"
+        )
+        return rewriter.builder_.emit(made)
+    if value in rewriter.blocked:
+        return rewriter.blocked[value].value
+    made = _block(rewriter.builder_, rewriter.visit_expr(value))
+    rewriter.blocked[value] = Blocked(made, int(value.ty.shape[1]))
+    return made
+
+
+def is_quantised(rewriter: Any, value: Any) -> bool:
+    """Whether a tensor's bytes are blocked, or can be made of a blocked tensor."""
+    held = rewriter.quantised.get(value)
+    return value in rewriter.bytes or (held is not None and held.source in rewriter.blocked)
+
+
+def is_blocked(rewriter: Any, value: Any) -> bool:
+    """Whether a tensor is held blocked, or as blocked bytes."""
+    return value in rewriter.blocked or is_quantised(rewriter, value)
+
+
+def as_bytes(rewriter: Any, value: Any) -> Any:
+    """The blocked bytes of a quantised tensor."""
+    if value not in rewriter.bytes:
+        held = rewriter.quantised[value]
+        source = as_blocked(rewriter, held.source)
+        made = rewriter.builder_.call_te(
+            tvm_bytes.quantize(held.grid), source, primfunc_name_hint="quantize"
+        )
+        made = rewriter.builder_.emit(made)
+        rewriter.bytes[value] = Blocked(made, int(value.ty.shape[1]))
+    return rewriter.bytes[value].value
