@@ -50,7 +50,11 @@ class LazyGraphModule(fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         self.recompile()  # What is pickled is the code.
-        return super().__reduce__()
+        rebuild, (state, *rest) = super().__reduce__()
+        # The code is traced again when it is read. torch.export's own tracer, which its graphs
+        # name, cannot be made anew in torch 2.14; code of operators needs none but the plain one.
+        state.pop("_tracer_cls", None)
+        return rebuild, (state, *rest)
 
 
 def sharing(module: LazyGraphModule, graph: fx.Graph) -> LazyGraphModule:
