@@ -193,7 +193,7 @@ def _row(engine: str, taken: Latency, work: float, highest: float) -> str:
 def main() -> None:
     """Print a table a network."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="*", default=list(NETWORKS), choices=NETWORKS)
+    parser.add_argument("--models", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--budget", type=float, default=20.0, help="seconds a network")
