@@ -1,6 +1,7 @@
-"""Dot products of AVX-512: sixteen sums at a time, each of four bytes times four bytes.
+"""Dot products of AVX-512: sixteen sums at a time, each of four bytes or two bfloat16 numbers.
 
-    int8    vpdpbusd    s32[16] += sum of u8[4] * s8[16, 4]    exact: nothing saturates
+    int8      vpdpbusd     s32[16] += sum of u8[4] * s8[16, 4]      exact: nothing saturates
+    bfloat16  vdpbf16ps    f32[16] += sum of bf16[2] * bf16[16, 2]  two roundings
 
 A computation names the product by `dot`, which reads the *first* of the values that lie behind
 each other in the data, and the word that packs as many weights (`word`):
@@ -70,7 +71,12 @@ INT8 = Dot(
     ("avx512f", "avx512vnni"),
 )  # fmt: skip
 """Unsigned data times signed weights."""
-_DOTS = {made.marker: made for made in (INT8,)}
+BFLOAT16 = Dot(
+    "bfloat16", "pruna_dot_bfloat16", 2, "uint16", "float32", "bfloat16x32",
+    "llvm.x86.avx512bf16.dpbf16ps.512", ("avx512f", "avx512bf16"),
+)  # fmt: skip
+"""Pairs of bfloat16 numbers, held as uint16, and of weights."""
+_DOTS = {made.marker: made for made in (INT8, BFLOAT16)}
 
 
 def dot(kind: Dot, data: Any, packed: Any) -> Any:
@@ -194,4 +200,4 @@ def multiplied(function: Any) -> str:
     return next(iter(sorted(found - {""})), "")
 
 
-__all__: Sequence[str] = ("INT8", "Dot", "dot", "multiplied", "with_dots", "word")
+__all__: Sequence[str] = ("BFLOAT16", "INT8", "Dot", "dot", "multiplied", "with_dots", "word")
