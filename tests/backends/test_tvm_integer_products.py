@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pruna_ir.backends.to_tvm import ToTvm
+from pruna_ir.backends.tvm_build import has_dots, host_target
 from pruna_ir.backends.tvm_integer_products import column_sums, integer_product, pack_words
 from pruna_ir.backends.tvm_products import Registers, choose_tile
 from pruna_ir.build import build
@@ -25,6 +26,9 @@ from pruna_ir.transform import Context
 from tests.backends.tvm_expressions import Array, compiled
 
 AVX512 = Registers(16, 32)
+NATIVE = pytest.mark.skipif(
+    not has_dots(host_target()), reason="this processor has no AVX512-VNNI"
+)
 
 
 def integers(m: int, k: int, n: int) -> tuple[Array, Array]:
@@ -53,6 +57,7 @@ def reference(a: Array, w: Array, point: int) -> Array:
     return (a.astype(np.int64) - point) @ w.astype(np.int64)
 
 
+@NATIVE
 @settings(max_examples=12, deadline=None)
 @given(
     st.integers(1, 40), st.integers(1, 40), st.integers(1, 130), st.integers(0, 255), st.booleans()
@@ -64,6 +69,7 @@ def test_every_sum_is_exact_for_any_sizes(
     assert np.array_equal(product(a, w, point, transposed=transposed), reference(a, w, point))
 
 
+@NATIVE
 def test_the_largest_bytes_do_not_saturate() -> None:
     """Sums of 2^24 and more are rounded as float32 rounds them, and none wraps."""
     a, w = np.full((1, 3, 4099), 255, np.uint8), np.full((4099, 5), -127, np.int8)
@@ -71,6 +77,7 @@ def test_the_largest_bytes_do_not_saturate() -> None:
     assert np.array_equal(product(a, w, 0), exact)
 
 
+@NATIVE
 def test_the_check_finds_one_wrong_byte() -> None:
     a, w = integers(5, 7, 3)
     other = a.copy()
@@ -110,6 +117,7 @@ def rows(made: Program, folder: Path, cpu: str = "") -> list[tuple[str, str]]:
     return [(row.kind, row.precision) for row in audit if row.kind == "linear"]
 
 
+@NATIVE
 @pytest.mark.parametrize(("points", "second"), [(0, "int8"), (3, "float32")])
 def test_the_audit_names_what_is_multiplied(points: int, second: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -120,7 +128,6 @@ def test_the_audit_names_what_is_multiplied(points: int, second: str, tmp_path: 
         x = torch.randn(batch, 3, 7)
         with torch.no_grad():
             expected = made(x)[0].numpy()
-        # one step of the second grid away, where the first product's rounding decides
         found = np.abs(runner.run([x.numpy()])[0] - expected).max()
         assert found < 2e-6
 
@@ -162,6 +169,7 @@ def vision_transformer() -> tuple[torch.nn.Module, torch.Tensor]:
     return model.eval(), torch.randn(8, 3, 48, 48)
 
 
+@NATIVE
 @pytest.mark.parametrize("make", [language_model, encoder, vision_transformer])
 def test_transformers_pass_their_certificates(make: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
