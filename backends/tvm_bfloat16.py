@@ -88,6 +88,8 @@ def _dtype(node: Any) -> Any:
 
 def _widen_arguments(rw: Rewrite, node: fx.Node) -> None:
     """Drop conversions between the two types, and ask for float32 in place of bfloat16."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return
     bound = bind_arguments(node)
     if node.target is aten.to.dtype and {bound["dtype"], _dtype(bound["self"])} <= set(
         _CONVERSIONS

@@ -180,6 +180,18 @@ def _without_lanes(loop: Any, _: Any = None) -> Any:
     return tirx.For(loop.loop_var, loop.min, tirx.const(1, "int32"), tirx.ForKind.SERIAL, body)
 
 
+def compiling() -> Any:
+    """A context to compile in, which leaves operands in bfloat16 what they are.
+
+    TVM's own legalisation computes in float32 instead. No buffer of ours is of that type.
+    """
+    import tvm
+
+    names = ["tirx.transform.BF16ComputeLegalize", "tirx.transform.BF16StorageLegalize"]
+    passes = [*names, *(name.replace(".transform", "") for name in names)]
+    return tvm.transform.PassContext(disabled_pass=passes)
+
+
 def multiplied(function: Any) -> str:
     """The type that the instructions of a ``PrimFunc`` multiply; empty where it has none."""
     import tvm
@@ -200,4 +212,6 @@ def multiplied(function: Any) -> str:
     return next(iter(sorted(found - {""})), "")
 
 
-__all__: Sequence[str] = ("BFLOAT16", "INT8", "Dot", "dot", "multiplied", "with_dots", "word")
+__all__: Sequence[str] = (
+    "BFLOAT16", "INT8", "Dot", "compiling", "dot", "multiplied", "with_dots", "word",
+)  # fmt: skip
