@@ -20,7 +20,7 @@ import numpy as np
 
 from pruna_ir.backends import tvm_gpu
 from pruna_ir.backends.tvm_blocked import block_convolutions
-from pruna_ir.backends.tvm_dot import INT8, Dot, compiling, multiplied
+from pruna_ir.backends.tvm_dot import INT8, Dot, multiplied
 from pruna_ir.backends.tvm_import import Imported
 from pruna_ir.backends.tvm_loader import LOADER, loader_source
 from pruna_ir.backends.tvm_narrow_products import narrow_products
@@ -105,8 +105,7 @@ def build(
 
     try:
         module, unscheduled = _scheduled(imported, target, tiles or Tiles())
-        with compiling():
-            executable = tvm.compile(module, target=target, relax_pipeline=_lowering())
+        executable = tvm.compile(module, target=target, relax_pipeline=_lowering())
         executable.export_library(str(folder / LIBRARY))
         if target.kind.name == "cuda" and not tvm_gpu.compiler_missing():
             (folder / tvm_gpu.CODE).write_bytes(tvm_gpu.machine_code(executable, target))
