@@ -109,26 +109,32 @@ def _rounded(rw: Rewrite, source: fx.Node, reader: fx.Node) -> fx.Node:
 # -- relax ---------------------------------------------------------------------------------------
 
 
-def conversion(node: fx.Node, importer: Any) -> Any:
-    """The translation of ``_to_copy``, to and from bfloat16 as functions of ours."""
-    bound = bind_arguments(node)
-    source, dtype, builder = bound["self"], bound["dtype"], importer.block_builder
-    held = importer.env[source]
-    if dtype is torch.bfloat16 and _dtype(source) is torch.float32:
-        return _narrowed(held, builder)
-    if dtype is torch.float32 and _dtype(source) is torch.bfloat16:
-        return builder.emit(builder.call_te(widen, held, primfunc_name_hint=WIDEN))
-    return importer._to_copy(node)
+def conversion(
+    constants: Mapping[str, np.ndarray[Any, Any]],
+) -> Callable[[fx.Node, Any], Any]:
+    """A translator of ``_to_copy``: to and from bfloat16 with functions of ours.
 
+    Args:
+        constants: the tensors behind placeholders, which are stored narrowed.
+    """
 
-def _narrowed(held: Any, builder: Any) -> Any:
-    """Weights are stored narrowed."""
-    from tvm import relax
+    def translate(node: fx.Node, importer: Any) -> Any:
+        from tvm import relax
 
-    if not hasattr(held, "value"):
+        bound = bind_arguments(node)
+        source, dtype, builder = bound["self"], bound["dtype"], importer.block_builder
+        if dtype is torch.float32 and _dtype(source) is torch.bfloat16:
+            held = importer.env[source]
+            return builder.emit(builder.call_te(widen, held, primfunc_name_hint=WIDEN))
+        if dtype is not torch.bfloat16 or _dtype(source) is not torch.float32:
+            return importer._to_copy(node)
+        if source.name in constants:
+            tensor = torch.from_numpy(constants[source.name]).to(torch.bfloat16)
+            return relax.const(tensor.view(torch.int16).numpy().view(np.uint16))
+        held = importer.env[source]
         return builder.emit(builder.call_te(narrow, held, primfunc_name_hint="bfloat16_narrow"))
-    tensor = torch.from_numpy(held.value.numpy()).to(torch.bfloat16)
-    return relax.const(tensor.view(torch.int16).numpy().view(np.uint16))
+
+    return translate
 
 
 def narrow(x: Any) -> Any:

@@ -72,7 +72,7 @@ def import_program(program: Program) -> Imported:
             exported,
             custom_convert_map={
                 **OPERATORS,
-                "_to_copy.default": conversion,
+                "_to_copy.default": conversion(_constants(exported)),
                 "fake_quant.default": _fake_quant_translation(exported),
             },
             run_ep_decomposition=False,

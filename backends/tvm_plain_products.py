@@ -2,7 +2,8 @@
 
     reshape(addmm(b, reshape(x, [-1, K]), W), [.., N])  -->  add(matmul(x, W), b)    x [.., K]
 
-Between the inner reshape and the product may be a quantiser with one scale, which is then of x.
+Between the inner reshape and the product may be a quantiser with one scale, or a conversion to
+another dtype, which is then of x.
 GPT-2's dense layers are written so. Without the reshapes, what follows the product (an activation,
 a residual) is computed as the product is written out.
 """
@@ -31,7 +32,8 @@ def with_plain_products(program: Program) -> Program:
             continue
         x, weight, bias, quantiser = found
         if quantiser is not None:
-            bound = bind_arguments(quantiser) | {"x": x}
+            bound = bind_arguments(quantiser)
+            bound |= {next(iter(bound)): x}
             x = rw.insert(quantiser.target, before=node, like=x, **bound)
         product = rw.insert(aten.matmul.default, before=node, like=node, self=x, other=weight)
         total = rw.insert(aten.add.Tensor, before=node, like=node, self=product, other=bias)
@@ -50,6 +52,8 @@ def _flattened(
     rows, quantiser = bound["mat1"], None
     if rows.target is fake_quant_op() and bind_arguments(rows)["axis"] is None:
         rows, quantiser = bind_arguments(rows)["x"], rows
+    elif rows.target is aten.to.dtype:
+        rows, quantiser = bind_arguments(rows)["self"], rows
     if rows.target is not aten.reshape.default or (bound["alpha"], bound["beta"]) != (1, 1):
         return None
     x = bind_arguments(rows)["self"]
