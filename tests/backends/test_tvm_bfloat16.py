@@ -41,7 +41,7 @@ def test_every_number_is_rounded_as_torch_rounds_it() -> None:
     actual = compiled(lambda a: widen(narrow(a)), x)
     expected = torch.from_numpy(x).bfloat16().float().numpy()
     assert np.array_equal(actual, expected, equal_nan=True)
-    assert np.array_equal(np.signbit(actual), np.signbit(expected) | np.signbit(x))
+    assert np.array_equal(np.signbit(actual), np.signbit(x))
 
 
 def product(a: Array, w: Array, *, transposed: bool = False) -> Array:
