@@ -127,8 +127,9 @@ def with_dots(function: Any) -> Any:
     body = tvm_ffi.structural_map(
         function.body, (tirx.BufferStore, _instruction), (tirx.For, _without_lanes), order="post"
     )
+    name = multiplied(function.with_body(body))
     for kind in _DOTS.values():
-        if kind.definition and kind.marker in str(function.body):
+        if kind.definition and kind.name == name:
             body = tirx.AttrStmt(
                 tirx.const(0, "int32"), "pragma_import_llvm", StringImm(kind.definition), body
             )
