@@ -7,8 +7,8 @@ them with numpy and TVM's runtime alone (it is `pruna_ir.backends.tvm_runtime`);
 Dynamic dimensions stay dynamic. Quantised programs store int8 weights. Where the processor has
 AVX512-VNNI their layers multiply bytes, and what lies between them is stored in bytes; where it
 has not, and where an operand has a zero point for each channel or a weight one other than 0, they
-compute in float32 between quantize and dequantize. Matrix products in bfloat16 multiply pairs of
-it where the processor has AVX512-BF16; all else of such programs, and these products elsewhere,
+compute in float32 between quantize and dequantize. Products and convolutions in bfloat16 multiply
+pairs of it where the processor has AVX512-BF16; all else of such programs, and these elsewhere,
 compute in float32. The audit tells which.
 
 Limits: linking needs a C or C++ compiler; code is compiled for one processor, this machine's
@@ -54,8 +54,8 @@ _FLOATS = (
     "tvm: quantised layers multiply float32: {cpu} has no AVX512-VNNI, which multiplies bytes"
 )
 _WIDE = (
-    "tvm: products in bfloat16 multiply float32: {cpu} has no AVX512-BF16, which multiplies pairs "
-    "of bfloat16"
+    "tvm: products and convolutions in bfloat16 multiply float32: {cpu} has no AVX512-BF16, which "
+    "multiplies pairs of bfloat16"
 )
 _COMPILERS = ("g++", "gcc", "clang++", "clang", "c++", "cc")
 

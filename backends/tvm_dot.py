@@ -30,7 +30,7 @@ from typing import Any
 from pruna_ir.backends.tvm_loops import LANES
 
 _VECTORIZED = 2
-_BYTE = 255
+_WORD = 32
 
 
 @dataclass(frozen=True)
@@ -106,16 +106,26 @@ def dot(kind: Dot, data: Any, packed: Any) -> Any:
 
 
 def word(values: Sequence[Any]) -> Any:
-    """Four int8 values as the bytes of an int32, the first the lowest."""
+    """Four int8 values, or two uint16 ones, side by side in an int32, the first the lowest."""
     from tvm import tirx
 
-    def byte(value: Any) -> Any:
-        return value.astype("int32") & tirx.const(_BYTE, "int32")
+    width = _WORD // len(values)
 
-    packed = byte(values[0])
+    def part(value: Any) -> Any:
+        return value.astype("int32") & tirx.const(2**width - 1, "int32")
+
+    packed = part(values[0])
     for place, value in enumerate(values[1:], start=1):
-        packed = packed | (byte(value) << tirx.const(8 * place, "int32"))
+        packed = packed | (part(value) << tirx.const(width * place, "int32"))
     return packed
+
+
+def widened(half: Any) -> Any:
+    """The float32 number of which a uint16 is the upper half."""
+    from tvm import tirx
+
+    bits = half.astype("uint32") << tirx.const(_WORD // 2, "uint32")
+    return tirx.reinterpret("float32", bits)
 
 
 def with_dots(function: Any) -> Any:
@@ -231,5 +241,5 @@ def multiplied(function: Any) -> str:
 
 
 __all__: Sequence[str] = (
-    "BFLOAT16", "INT8", "Dot", "dot", "multiplied", "with_dots", "word",
+    "BFLOAT16", "INT8", "Dot", "dot", "multiplied", "widened", "with_dots", "word",
 )  # fmt: skip
