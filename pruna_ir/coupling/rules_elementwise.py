@@ -137,7 +137,7 @@ ELEMENTWISE = Rule(_elementwise, masked="elementwise")
 UNARY = Rule(_unary)
 WHOLE_DIM = Rule(_whole_dim)
 REDUCE = Rule(_reduce)
-CREATED = Rule(_created, _resize_created)
+CREATED = Rule(_created, _resize_created, creates=True)
 
 _ELEMENTWISE = (
     "hardswish dropout alpha_dropout feature_dropout feature_alpha_dropout clone "
