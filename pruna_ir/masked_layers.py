@@ -40,6 +40,13 @@ def _matmul(operands: Operands) -> Masked:
     return masked(result, alive & given[0].mask if len(given) == 3 else alive)
 
 
+def _product_of_groups(operands: Operands) -> Masked:
+    """[rows, k] @ [groups, k, n]: all groups have the same columns."""
+    columns = uniform(operands, operands["weight"].mask.any(1), [0])
+    alive = operands["input"].mask.any(1, keepdim=True) & columns
+    return masked(lift(operands.call()), alive)
+
+
 def _linear(operands: Operands) -> Masked:
     alive = operands["input"].mask.any(-1, keepdim=True) & operands["weight"].mask.any(-1)
     if (bias := operands["bias"]) is not None:
@@ -271,6 +278,7 @@ HANDLERS: dict[str, Handler] = {
     **{f"aten::{name}": _matmul for name in _PRODUCTS},
     **{f"aten::{name}": _recurrent(gates) for name, gates in _RECURRENT.items()},
     **{f"aten::{name}_cell": _step(gates) for name, gates in _RECURRENT.items()},
+    "transformers::grouped_mm_fallback": _product_of_groups,
     "aten::linear": _linear,
     "aten::einsum": _einsum,
     "aten::outer": _outer,
