@@ -106,6 +106,9 @@ class _Memory:
             self.parent[node] = owner
 
     def _tie(self, node: fx.Node, operands: list[fx.Node]) -> None:
+        if node.target is operator.getitem and node.args[0] not in self.parent:
+            # One of several new tensors (topk, lstm): it owns its memory.
+            return
         if operands:
             self.parent[node] = operands[0]
         if len({self.root(operand) for operand in operands}) > 1 or (

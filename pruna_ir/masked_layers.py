@@ -7,6 +7,7 @@ slice that each operand gives it has anything alive.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from pruna_ir.masked_operators import (
     Handler,
     Masked,
     Operands,
+    all_alive,
     lift,
     masked,
     tensors,
@@ -36,6 +38,13 @@ def _matmul(operands: Operands) -> Masked:
     alive = alive.squeeze(-1) if vector_b else alive
     # addmm, baddbmm and addmv add their first operand.
     return masked(result, alive & given[0].mask if len(given) == 3 else alive)
+
+
+def _product_of_groups(operands: Operands) -> Masked:
+    """[rows, k] @ [groups, k, n]: all groups have the same columns."""
+    columns = uniform(operands, operands["weight"].mask.any(1), [0])
+    alive = operands["input"].mask.any(1, keepdim=True) & columns
+    return masked(lift(operands.call()), alive)
 
 
 def _linear(operands: Operands) -> Masked:
@@ -75,6 +84,15 @@ def _labels(equation: str) -> tuple[list[str], str]:
             sorted(c for c in set(every) if every.count(c) == 1)
         )
     return inputs, right
+
+
+def _bilinear(operands: Operands) -> Masked:
+    """Alive at (..., o) where both rows are and the matrix o is, dead elements being 0."""
+    a, b = (operands[name].mask.any(-1, keepdim=True) for name in ("input1", "input2"))
+    alive = a & b & operands["weight"].mask.flatten(1).any(-1)
+    if (bias := operands["bias"]) is not None:
+        alive = alive & bias.mask
+    return masked(lift(operands.call()), alive)
 
 
 def _cdist(operands: Operands) -> Masked:
@@ -183,6 +201,22 @@ def _recurrent(gates: int) -> Handler:
     return handler
 
 
+def _step(gates: int) -> Handler:
+    """One step of the same: `_recurrent` tells why a dead unit stays 0."""
+
+    def handler(operands: Operands) -> Any:
+        x, hx = operands["input"], operands["hx"]
+        uniform(operands, x.mask, range(x.value.dim() - 1))
+        given = {n: operands[n] for n in ("w_ih", "w_hh", "b_ih", "b_hh") if operands[n]}
+        units = _units_of(operands, list(given.values()), gates)
+        states = [_state(s, units) for s in (hx if isinstance(hx, (list, tuple)) else [hx])]
+        changed = {name: _rows(p, units.repeat(gates)) for name, p in given.items()}
+        hx = states if isinstance(hx, (list, tuple)) else states[0]
+        return all_alive(operands.call(changed={**changed, "hx": hx}), units)
+
+    return handler
+
+
 def _per_direction(operands: Operands) -> int:
     """The number of tensors of one direction of one layer."""
     number = 4 if operands["has_biases"] else 2
@@ -197,22 +231,31 @@ def _units(operands: Operands, gates: int) -> Tensor:
     number, params = _per_direction(operands), operands["params"]
     units = []
     for start in range(0, len(params), number):
-        rows = torch.ones((), dtype=torch.bool)
-        for parameter in params[start : start + number]:
-            mask = parameter.mask
-            rows = rows & (mask.any(-1) if mask.dim() == 2 else mask)
-        units.append(uniform(operands, rows.view(gates, -1), [0])[0])
+        units.append(_units_of(operands, params[start : start + number], gates))
     return torch.stack(units)
+
+
+def _units_of(operands: Operands, parameters: Sequence[Masked], gates: int) -> Tensor:
+    """Which hidden units of one direction of one layer are alive: [hidden]."""
+    rows = torch.ones((), dtype=torch.bool)
+    for parameter in parameters:
+        mask = parameter.mask
+        rows = rows & (mask.any(-1) if mask.dim() == 2 else mask)
+    return uniform(operands, rows.view(gates, -1), [0])[0]
 
 
 def _with_dead_units(operands: Operands, units: Tensor, gates: int) -> list[Masked]:
     """The parameters, everything of a dead unit at 0."""
     number, result = _per_direction(operands), []
     for index, parameter in enumerate(operands["params"]):
-        rows = units[index // number].repeat(gates)
-        alive = rows.unsqueeze(-1) if parameter.value.dim() == 2 else rows
-        result.append(masked(parameter.value, parameter.mask & alive))
+        result.append(_rows(parameter, units[index // number].repeat(gates)))
     return result
+
+
+def _rows(parameter: Masked, alive: Tensor) -> Masked:
+    """A matrix or a bias with other rows at 0."""
+    alive = alive.unsqueeze(-1) if parameter.value.dim() == 2 else alive
+    return masked(parameter.value, parameter.mask & alive)
 
 
 def _state(state: Masked, units: Tensor) -> Masked:
@@ -234,10 +277,13 @@ HANDLERS: dict[str, Handler] = {
     **{f"aten::{name}": _conv for name in _CONVS},
     **{f"aten::{name}": _matmul for name in _PRODUCTS},
     **{f"aten::{name}": _recurrent(gates) for name, gates in _RECURRENT.items()},
+    **{f"aten::{name}_cell": _step(gates) for name, gates in _RECURRENT.items()},
+    "transformers::grouped_mm_fallback": _product_of_groups,
     "aten::linear": _linear,
     "aten::einsum": _einsum,
     "aten::outer": _outer,
     "aten::ger": _outer,
+    "aten::bilinear": _bilinear,
     "aten::cdist": _cdist,
     "aten::scaled_dot_product_attention": _attention,
 }

@@ -8,6 +8,7 @@ are refused along an axis that is dead in part.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -134,13 +135,21 @@ def _along(operands: Operands) -> Any:
 
 
 def _extremum(operands: Operands) -> Any:
-    """``max`` and ``min``: of two tensors, of all elements, or along one axis with its index."""
+    """``max`` and ``min``: of two tensors, of all elements, or along one axis with the place.
+
+    Places among dead elements mean something only where nobody reads them.
+    """
     if operands.get("other") is not None:
         return elementwise(operands)
-    if "dim" in operands.arguments:
-        return _along(operands)
     largest = str(operands.node.target).startswith("aten.max")
-    return _reduction("amax" if largest else "amin")(operands)
+    reduction = _reduction("amax" if largest else "amin")
+    if "dim" not in operands.arguments:
+        return reduction(operands)
+    parts = [user for user in operands.node.users if user.target is operator.getitem]
+    if any(part.args[1] == 1 and part.users for part in parts):
+        return _along(operands)
+    value = reduction(operands)
+    return value, masked(operands.call()[1], value.alive)
 
 
 def _cumulative(neutral: float) -> Handler:

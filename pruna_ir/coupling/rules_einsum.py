@@ -1,4 +1,4 @@
-"""Rules of einsum and outer: letters are dimensions, one that is summed away is contracted."""
+"""Rules of einsum, bilinear and outer: letters are dimensions, one that is summed away is contracted."""
 
 from __future__ import annotations
 
@@ -101,6 +101,18 @@ def _mark_rows(site: Site, values: Sequence[Value], operands: Sequence[str]) -> 
                     site.mark_rows(values[k], dim)
 
 
+def _bilinear(site: Site) -> Result:
+    """``einsum("...i,oij,...j->...o", input1, weight, input2) + bias``."""
+    first, weight, second = (site.value(name) for name in ("input1", "weight", "input2"))
+    site.mark_rows(weight, 0)
+    lead = string.ascii_uppercase[: len(first.dims) - 1]
+    half, letters = _joined(site, first, lead + "i", weight, "oij", lead + "oj")
+    value, letters = _joined(site, half, letters, second, lead + "j", lead + "o")
+    if (bias := site.maybe("bias")) is not None:
+        value, _ = site.algebra.meet_dims(value, [len(lead)], bias.renamed(), [0])
+    return value
+
+
 def _outer(site: Site) -> Result:
     """``self[i] * vec2[j]``."""
     a, b = site.value("self"), site.value("vec2").renamed()
@@ -109,6 +121,7 @@ def _outer(site: Site) -> Result:
 
 RULES: dict[str, Rule] = {
     "aten::einsum": Rule(_einsum),
+    "aten::bilinear": Rule(_bilinear),
     "aten::outer": Rule(_outer),
     "aten::ger": Rule(_outer),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import numpy as np
 
 from pruna_ir.coupling.rule import Edit, Result, Rule, Site
@@ -62,10 +64,18 @@ def _reduce_twice(site: Site) -> Result:
     return result, result
 
 
-def _whole_dim(site: Site) -> Result:
-    """The operator mixes the indices of ``dim``, or returns them: none may vanish."""
+def _extremum(site: Site) -> Result:
+    """``max`` and ``min``: of two tensors, or statistics where nobody reads the places."""
     if site.maybe("other") is not None:
         return _elementwise(site)
+    if "dim" not in site.arguments:
+        return _reduce(site)
+    places = [u for u in site.node.users if u.target is operator.getitem and u.args[1] == 1]
+    return _whole_dim(site) if any(p.users for p in places) else _reduce_twice(site)
+
+
+def _whole_dim(site: Site) -> Result:
+    """The operator mixes the indices of ``dim``, or returns them: none may vanish."""
     value = site.operands()[0]
     algebra = site.because("is computed along them")
     rank = len(value.dims)
@@ -137,7 +147,7 @@ ELEMENTWISE = Rule(_elementwise, masked="elementwise")
 UNARY = Rule(_unary)
 WHOLE_DIM = Rule(_whole_dim)
 REDUCE = Rule(_reduce)
-CREATED = Rule(_created, _resize_created)
+CREATED = Rule(_created, _resize_created, creates=True)
 
 _ELEMENTWISE = (
     "hardswish dropout alpha_dropout feature_dropout feature_alpha_dropout clone "
@@ -147,11 +157,8 @@ _ELEMENTWISE = (
 )
 # Softmax, like a norm, is taken over the survivors.
 _UNARY = "to _to_copy type_as fill softmax _softmax log_softmax _log_softmax"
-_WHOLE = (
-    "cumsum cumprod sort topk argsort argmax argmin "
-    "max min median flip roll diff prod logsumexp any all"
-)
-_REDUCE = "mean sum amax amin var std linalg_vector_norm"
+_WHOLE = "cumsum cumprod sort topk argsort argmax argmin median flip roll diff"
+_REDUCE = "mean sum amax amin var std linalg_vector_norm prod logsumexp any all"
 _CREATED = "zeros ones full empty new_zeros new_ones new_full new_empty"
 _WINDOW = {
     1: "max_pool1d max_pool1d_with_indices avg_pool1d adaptive_avg_pool1d adaptive_max_pool1d "
@@ -177,6 +184,8 @@ RULES: dict[str, Rule] = {
         for spatial, names in _WINDOW.items()
         for name in names.split()
     },
+    "aten::max": Rule(_extremum),
+    "aten::min": Rule(_extremum),
     "aten::native_dropout": Rule(_value_and_mask),
     "aten::var_mean": Rule(_reduce_twice),
     "aten::std_mean": Rule(_reduce_twice),

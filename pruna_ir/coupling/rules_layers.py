@@ -244,6 +244,15 @@ def _addmm(site: Site) -> Result:
     return site.algebra.elementwise([result, site.value("self").renamed()])
 
 
+def _product_of_groups(site: Site) -> Result:
+    """Each row times the matrix of its group, as experts: [rows, k] and [groups, k, n]."""
+    x, weight = site.value("input"), site.value("weight")
+    site.mark_rows(weight, 2)
+    x = site.because("are grouped by an index").whole_dims(x, [0])
+    weight = site.because("is picked by an index").whole_dims(weight, [0])
+    return site.algebra.contract(x, weight.with_dims(weight.dims[1:]), [(1, 0)])
+
+
 def _embedding(site: Site) -> Result:
     weight = site.value("weight").renamed()
     site.mark_rows(weight, 1)
@@ -393,6 +402,7 @@ RULES: dict[str, Rule] = {
     **{f"aten::{name}": Rule(_matmul) for name in ("matmul", "mm", "bmm", "mv", "dot", "vdot")},
     "aten::addmm": Rule(_addmm),
     "aten::baddbmm": Rule(_addmm),
+    "transformers::grouped_mm_fallback": Rule(_product_of_groups),
     "aten::embedding": Rule(_embedding),
     "aten::scaled_dot_product_attention": Rule(_sdpa, _resize_sdpa),
     "aten::batch_norm": Rule(_batch_norm),

@@ -1,4 +1,4 @@
-"""Rules of LSTM, GRU and plain recurrent layers.
+"""Rules of LSTM, GRU and plain recurrent layers, and of single steps of them.
 
 A hidden unit is one row of every gate of both weight matrices, one column of the recurrent one,
 and one index of the state and of the output. All layers and directions of one call have the same
@@ -33,11 +33,34 @@ def _recurrent(gates: int) -> Callable[[Site], Result]:
             assert hidden is not None
             source = _directed(hidden, directions)
         assert hidden is not None
-        for state in _states(site):
-            site.algebra.meet_dims(state.renamed(), [2], hidden.renamed(), [0])
+        _meet_states(site, hidden)
         return _results(results, hidden, source)
 
     return couple
+
+
+def _step(gates: int) -> Callable[[Site], Result]:
+    """One step, as ``nn.LSTMCell``: the new state, of an LSTM both states."""
+
+    def couple(site: Site) -> Result:
+        named = ("w_ih", "w_hh", "b_ih", "b_hh")
+        parameters = [value for name in named if (value := site.maybe(name)) is not None]
+        hidden = _cell(site, _features(site), parameters, gates, None)
+        _meet_states(site, hidden)
+        results = site.untracked()
+        if isinstance(results, Value):
+            return _as_features(results, hidden)
+        return tuple(_as_features(state, hidden) for state in results)
+
+    return couple
+
+
+def _meet_states(site: Site, hidden: Value) -> None:
+    """The initial states have the hidden units last, and nothing else to remove."""
+    for state in _states(site):
+        last = len(state.dims) - 1
+        units = site.because("is computed along them").whole_dims(state, range(last))
+        site.algebra.meet_dims(units.renamed(), [last], hidden.renamed(), [0])
 
 
 def _plain(site: Site) -> bool:
@@ -104,11 +127,13 @@ def _results(
 ) -> tuple[Value, ...]:
     """The output, then the last states."""
     output = Value((*results[0].dims[:-1], features.dims[0]), features.blocks)
-    states = []
-    for state in results[1:]:
-        own = hidden.renamed()
-        states.append(Value((*state.dims[:-1], own.dims[0]), own.blocks))
-    return (output, *states)
+    return (output, *(_as_features(state, hidden) for state in results[1:]))
+
+
+def _as_features(result: Value, hidden: Value) -> Value:
+    """The result with the hidden units as its last dimension."""
+    own = hidden.renamed()
+    return Value((*result.dims[:-1], own.dims[0]), own.blocks)
 
 
 RULES: dict[str, Rule] = {
@@ -116,4 +141,8 @@ RULES: dict[str, Rule] = {
     "aten::gru": Rule(_recurrent(3)),
     "aten::rnn_tanh": Rule(_recurrent(1)),
     "aten::rnn_relu": Rule(_recurrent(1)),
+    "aten::lstm_cell": Rule(_step(4)),
+    "aten::gru_cell": Rule(_step(3)),
+    "aten::rnn_tanh_cell": Rule(_step(1)),
+    "aten::rnn_relu_cell": Rule(_step(1)),
 }
