@@ -34,6 +34,7 @@ def with_plain_products(program: Program) -> Program:
         if quantiser is not None:
             bound = bind_arguments(quantiser)
             bound |= {next(iter(bound)): x}
+            assert isinstance(quantiser.target, torch._ops.OpOverload)
             x = rw.insert(quantiser.target, before=node, like=x, **bound)
         product = rw.insert(aten.matmul.default, before=node, like=node, self=x, other=weight)
         total = rw.insert(aten.add.Tensor, before=node, like=node, self=product, other=bias)
