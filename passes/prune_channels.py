@@ -231,10 +231,13 @@ class PruneChannels(Pass):
 
     def _check_globs(self, program: Program, names: Sequence[str]) -> None:
         """Refuse a glob that means nothing in the program: it was written for something."""
+        globs = [("ratios", n) for n in names if not kind_names(n)]
+        globs += [("exclude", glob) for glob in self.exclude]
+        if not globs:
+            return
         tensors = list(program.tensors())
         paths = {module_path(node) for node in program.calls()}
-        globs = [("ratios", n) for n in names if not kind_names(n)]
-        for option, glob in globs + [("exclude", glob) for glob in self.exclude]:
+        for option, glob in globs:
             if not any(names_tensor(glob, name) for name in tensors) and not any(
                 names_tensor(glob, f"{path}.") for path in paths
             ):

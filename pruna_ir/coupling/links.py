@@ -141,7 +141,7 @@ class Links:
 
     def solve(self) -> Units:
         """The units that follow from everything collected."""
-        labels, frozen = self._components(np.arange(self.count))
+        labels, frozen = self._components(None)
         waiting = self._products
         while waiting:
             waiting, changed = self._settle(waiting, labels, frozen)
@@ -153,15 +153,18 @@ class Links:
                 labels, frozen = self._components(labels)
         return self._units(labels, frozen)
 
-    def _components(self, labels: Ids) -> tuple[Ids, Mask]:
-        """The component of every id, given those before the connections made since."""
-        left = labels[_joined(a for a, _ in self._edges)]
-        right = labels[_joined(b for _, b in self._edges)]
+    def _components(self, labels: Ids | None) -> tuple[Ids, Mask]:
+        """The component of every id, given those before the connections made since, if any."""
+        left = _joined(a for a, _ in self._edges)
+        right = _joined(b for _, b in self._edges)
         # They are in the labels from here on.
         self._edges.clear()
-        merged = components(int(labels.max(initial=-1)) + 1, left, right)
-        found = merged[labels]
-        frozen = np.zeros(int(merged.max(initial=-1)) + 1, np.bool_)
+        if labels is None:
+            found = components(self.count, left, right)
+        else:
+            count = int(labels.max(initial=-1)) + 1
+            found = components(count, labels[left], labels[right])[labels]
+        frozen = np.zeros(int(found.max(initial=-1)) + 1, np.bool_)
         for ids, _ in self._frozen:
             frozen[found[ids]] = True
         return found, frozen
@@ -237,14 +240,17 @@ def components(count: int, left: Ids, right: Ids) -> Ids:
     >>> components(5, np.array([0, 3]), np.array([2, 4]))
     array([0, 1, 0, 2, 2])
     """
-    parent = np.arange(count)
-    while left.size:
-        np.minimum.at(parent, np.maximum(left, right), np.minimum(left, right))
-        while (parent != (up := parent[parent])).any():
-            parent = up
-        left, right = parent[left], parent[right]
-        apart = left != right
-        left, right = left[apart], right[apart]
+    parent, up = np.arange(count), np.empty(count, np.int64)
+    low, high = np.minimum(left, right), np.maximum(left, right)
+    while low.size:
+        np.minimum.at(parent, high, low)
+        # Into memory that is there already: fresh memory costs more than the look-ups.
+        while (parent != np.take(parent, parent, out=up, mode="clip")).any():
+            parent, up = up, parent
+        a = np.take(parent, low, out=low, mode="clip")
+        b = np.take(parent, high, out=high, mode="clip")
+        apart = a != b
+        low, high = np.minimum(a[apart], b[apart]), np.maximum(a[apart], b[apart])
     return (np.cumsum(parent == np.arange(count)) - 1)[parent]
 
 

@@ -146,23 +146,33 @@ def _changes(node: fx.Node, values: dict[str, Result], shrunk: _Shrunk) -> bool:
 
 def _cut_tensors(rw: Rewrite, coupling: Coupling, alive: Mask) -> None:
     """Cut every tensor; tied names get one and the same cut tensor."""
-    cut: dict[int, torch.Tensor] = {}
+    cut: dict[int, torch.Tensor | None] = {}
     memory = HugePages()
     for name, dims in coupling.tensors.items():
-        kept = [None if ids is None else alive[ids] for ids in dims]
-        if all(mask is None or mask.all() for mask in kept):
-            continue
         if id(dims) not in cut:
-            cut[id(dims)] = _cut(rw.program.tensor(name), kept, memory)
-        rw.set_tensor(name, cut[id(dims)])
+            indices = (None if ids is None else np.flatnonzero(alive[ids]) for ids in dims)
+            cut[id(dims)] = _cut(rw.program.tensor(name), indices, memory)
+        if (new := cut[id(dims)]) is not None:
+            rw.set_tensor(name, new)
 
 
-def _cut(tensor: torch.Tensor, kept: Sequence[Mask | None], memory: HugePages) -> torch.Tensor:
-    """The tensor without what is not kept; a Parameter stays one."""
+def _cut(
+    tensor: torch.Tensor, kept: Iterable[Ids | None], memory: HugePages
+) -> torch.Tensor | None:
+    """The tensor of the kept indices of each dimension; a Parameter stays one.
+
+    None where everything is kept.
+    """
     result = tensor.detach()
-    cuts = [(k, mask) for k, mask in enumerate(kept) if mask is not None and not mask.all()]
-    for number, (dim, mask) in enumerate(cuts, start=1):
-        index = torch.from_numpy(np.flatnonzero(mask)).to(result.device)
+    cuts = [
+        (dim, indices)
+        for dim, (indices, size) in enumerate(zip(kept, tensor.shape, strict=True))
+        if indices is not None and len(indices) < size
+    ]
+    if not cuts:
+        return None
+    for number, (dim, indices) in enumerate(cuts, start=1):
+        index = torch.from_numpy(indices).to(result.device)
         out = None
         if result.device.type == "cpu" and number in (1, len(cuts)):
             shape = [*result.shape[:dim], len(index), *result.shape[dim + 1 :]]
