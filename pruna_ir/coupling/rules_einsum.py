@@ -1,4 +1,4 @@
-"""Rules of einsum, bilinear and outer: letters are dimensions, one that is summed away is contracted."""
+"""Rules of einsum, bilinear and outer: letters are dimensions; those summed away are contracted."""
 
 from __future__ import annotations
 

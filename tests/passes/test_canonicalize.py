@@ -195,7 +195,8 @@ def _dtype_of_the_destination_wins(x):
     [
         _write_then_read_the_base, _write_the_base_then_read_a_view, _write_through_two_views,
         _write_through_transposes, _two_views_see_each_other, _write_one_part_of_a_split,
-        _write_into_one_of_several_results, _copy_and_fill, _diagonal, _write_twice_through_the_same_view, _masked,
+        _write_into_one_of_several_results, _copy_and_fill, _diagonal,
+        _write_twice_through_the_same_view, _masked,
         _source_is_written_later, _dtype_of_the_destination_wins,
     ],
 )  # fmt: skip
