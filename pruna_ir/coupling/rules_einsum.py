@@ -1,4 +1,4 @@
-"""Rules of einsum, bilinear and outer: letters are dimensions; those summed away are contracted."""
+"""Rules of einsum, bilinear and outer: letters are dimensions, those summed are contracted."""
 
 from __future__ import annotations
 
