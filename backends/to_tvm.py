@@ -5,9 +5,11 @@ them with numpy and TVM's runtime alone (it is `pruna_ir.backends.tvm_runtime`);
 (what the compiler put into the library) and, where tiles were measured, ``tuning.json``.
 
 Dynamic dimensions stay dynamic. Quantised programs store int8 weights. Where the processor has
-AVX512-VNNI their convolutions multiply bytes, and what lies between them is stored in bytes; where
-it has not, and where an operand has a zero point for each channel or a weight one other than 0,
-they compute in float32 between quantize and dequantize. The audit tells which.
+AVX512-VNNI their layers multiply bytes, and what lies between them is stored in bytes; where it
+has not, and where an operand has a zero point for each channel or a weight one other than 0, they
+compute in float32 between quantize and dequantize. Products and convolutions in bfloat16 multiply
+pairs of it where the processor has AVX512-BF16; all else of such programs, and these elsewhere,
+compute in float32. The audit tells which.
 
 Limits: linking needs a C or C++ compiler; code is compiled for one processor, this machine's
 unless ``cpu`` names another as LLVM does (``x86-64-v3``, ``znver4``), or for a GPU with TVM's own
@@ -38,6 +40,8 @@ from pruna_ir.backends import (
     tvm_tiles,
     tvm_tuning,
 )
+from pruna_ir.backends.tvm_bfloat16 import multiplies_bfloat16
+from pruna_ir.backends.tvm_dot import BFLOAT16
 from pruna_ir.errors import LoweringError, ToolchainError, UsageError
 from pruna_ir.lowering import Availability, KernelRow, LoadOptions, Lowered, Offender
 from pruna_ir.program import Program
@@ -47,8 +51,11 @@ from pruna_ir.transform import API_VERSION, Context
 NO_DEVICE = "no CUDA device; the artifact runs on an NVIDIA GPU with its driver"
 _SHOWN = 8
 _FLOATS = (
-    "tvm: quantised convolutions multiply float32: {cpu} has no AVX512-VNNI, "
-    "whose instructions multiply bytes"
+    "tvm: quantised layers multiply float32: {cpu} has no AVX512-VNNI, which multiplies bytes"
+)
+_WIDE = (
+    "tvm: products and convolutions in bfloat16 multiply float32: {cpu} has no AVX512-BF16, which "
+    "multiplies pairs of bfloat16"
 )
 _COMPILERS = ("g++", "gcc", "clang++", "clang", "c++", "cc")
 
@@ -140,6 +147,8 @@ class ToTvm:
             told += (missing,) if missing else ()
         elif _is_quantised(program) and not tvm_build.has_dots(target):
             told += (_FLOATS.format(cpu=target.attrs["mcpu"]),)
+        elif multiplies_bfloat16(program) and not tvm_build.has_dots(target, BFLOAT16):
+            told += (_WIDE.format(cpu=target.attrs["mcpu"]),)
         for text in told:
             warnings.warn(text, RuntimeWarning, stacklevel=2)
         own = tvm_build.SCHEDULES if self.device == "cpu" else tvm_gpu.SCHEDULES

@@ -10,7 +10,8 @@ so that ``block`` and ``unblock`` remain at the ends of a network alone. The lan
 channel hold anything: nothing that is kept reads them.
 
 A ``conv1d`` is a convolution of height one. Where the processor multiplies bytes, a convolution
-whose operands are quantised reads bytes, which are blocked too: see `tvm_bytes`.
+whose operands are quantised reads bytes, which are blocked too, and one whose operands are rounded
+to bfloat16 reads halves of floats: see `tvm_narrow_convolutions`.
 
 Limits: a convolution on tensors of unknown height or width stays as it is; data of fewer than 16
 channels is read where it lies.
@@ -19,13 +20,12 @@ channels is read where it lies.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from pruna_ir.backends import tvm_bytes
-from pruna_ir.backends.tvm_bytes import Grid, Weight
+from pruna_ir.backends.tvm_bfloat16 import rounded_source
 from pruna_ir.backends.tvm_convolutions import (
     ATTRIBUTES,
     Convolution,
@@ -33,12 +33,12 @@ from pruna_ir.backends.tvm_convolutions import (
     Tile,
     accumulators,
     convolve,
-    pack,
     rule,
 )
-from pruna_ir.backends.tvm_dot import INT8
+from pruna_ir.backends.tvm_dot import BFLOAT16, INT8, Dot
 from pruna_ir.backends.tvm_layouts import (
     Blocked,
+    Halves,
     Quantised,
     as_blocked,
     as_bytes,
@@ -47,6 +47,7 @@ from pruna_ir.backends.tvm_layouts import (
     unblocked,
 )
 from pruna_ir.backends.tvm_loops import LANES
+from pruna_ir.backends.tvm_narrow_convolutions import narrow_convolution, packed
 
 _ELEMENTWISE = frozenset(
     f"relax.{name}"
@@ -79,7 +80,7 @@ def block_convolutions(
     from tvm import relax
 
     made = relax.expr_functor.mutator(_rewriter())
-    dots = INT8.is_covered(features)
+    dots = frozenset(kind for kind in (INT8, BFLOAT16) if kind.is_covered(features))
     rewriter = made(module, accumulators(features), dots, parameters, choose)
     module = rewriter.rewritten(module)
     return relax.transform.DeadCodeElimination(["main"])(module)
@@ -91,7 +92,7 @@ def _rewriter() -> Any:
 
     class Rewriter(relax.PyExprMutator):  # type: ignore[misc]  # TVM is untyped
         def __init__(
-            self, module: Any, vectors: int, dots: bool, parameters: Mapping[str, Any],
+            self, module: Any, vectors: int, dots: frozenset[Dot], parameters: Mapping[str, Any],
             choose: Callable[[Place, int], Tile],
         ) -> None:  # fmt: skip
             super().__init__(module)
@@ -111,7 +112,7 @@ def _rewriter() -> Any:
 
         def visit_var_binding_(self, binding: Any) -> None:
             plain = _flat_convolution(self, binding.value)
-            if plain is None and self.dots:
+            if plain is None:
                 plain = _on_bytes(self, binding)
             made = None if plain is not None else _blocked_form(self, binding.value)
             if made is not None:
@@ -134,12 +135,18 @@ def _on_bytes(rewriter: Any, binding: Any) -> Any:
     sizes = _sizes(value)
     if sizes is None:
         return None
+    if (source := rounded_source(value, rewriter.bindings)) is not None:
+        rewriter.quantised[binding.var] = Quantised(Halves(), source)
+    if INT8 not in rewriter.dots:
+        return None
     if found := tvm_bytes.quantised_source(value, rewriter.bindings):
         rewriter.quantised[binding.var] = Quantised(found[1], found[0])
     if getattr(getattr(value, "op", None), "name", "") != "relax.nn.max_pool2d":
         return None
     data = value.args[0]
     if not is_quantised(rewriter, data) or value.attrs.layout != "NCHW":
+        return None
+    if isinstance(rewriter.quantised[data].grid, Halves):
         return None
     pooled = builder.call_te(
         _pooling(value.attrs, "max"), as_bytes(rewriter, data), primfunc_name_hint="max_pool2d"
@@ -199,76 +206,22 @@ def _convolution(rewriter: Any, call: Any) -> Blocked | None:
         dilation=_pair(attributes.dilation),
         padding=tuple(int(v) for v in attributes.padding),  # type: ignore[arg-type]  # four
     )
-    made = _integer_convolution(rewriter, constants, data, weight) if rewriter.dots else None
+    made = narrow_convolution(rewriter, constants, data, weight)
     if made is not None:
         return Blocked(made, constants.outputs)
     narrow = constants.inputs < LANES and not constants.is_depthwise
     plain = narrow and data not in rewriter.blocked
     source = rewriter.visit_expr(data) if plain else as_blocked(rewriter, data)
     builder = rewriter.builder_
-
-    packed = _packed(builder, constants, rewriter.visit_expr(weight))
+    held = packed(builder, constants, rewriter.visit_expr(weight))
     made = builder.call_te(
         convolve(constants, rewriter.vectors, rewriter.choose),
         source,
-        builder.emit(packed),
+        held,
         primfunc_name_hint="conv2d_depthwise" if constants.is_depthwise else "conv2d",
         primfunc_attrs=ATTRIBUTES,
     )
     return Blocked(made, constants.outputs)
-
-
-def _integer_convolution(
-    rewriter: Any, constants: Convolution, data: Any, weight: Any
-) -> Any:
-    """A convolution of bytes with int8 weights; None where an operand is not quantised."""
-    integers = tvm_bytes.quantised_weight(weight, rewriter.bindings, rewriter.parameters)
-    if integers is None or data not in rewriter.quantised or not tvm_bytes.is_exact(constants):
-        return None
-    builder, held = rewriter.builder_, rewriter.quantised[data]
-    constants = replace(constants, quad=INT8.depth)
-    narrow = constants.inputs < LANES and not constants.is_depthwise
-    if narrow and not is_quantised(rewriter, data):
-        source = rewriter.visit_expr(held.source)
-        source = builder.emit(
-            builder.call_te(
-                tvm_bytes.quantize_words(held.grid), source, primfunc_name_hint="quantize"
-            )
-        )
-    else:
-        narrow, source = False, as_bytes(rewriter, data)
-    zero = held.grid.word if narrow else held.grid.zero
-    sums = builder.call_te(
-        convolve(constants, rewriter.vectors, rewriter.choose, zero),
-        source,
-        builder.emit(_packed(builder, constants, rewriter.visit_expr(integers.integers))),
-        primfunc_name_hint="conv2d_depthwise_int8" if constants.is_depthwise else "conv2d_int8",
-        primfunc_attrs=ATTRIBUTES,
-    )
-    factors = _factors(rewriter, constants, held.grid, integers)
-    return builder.call_te(tvm_bytes.rescale, builder.emit(sums), *factors)
-
-
-def _factors(rewriter: Any, constants: Convolution, grid: Grid, weight: Weight) -> list[Any]:
-    """What is added to sums and what they are multiplied with; computed at load."""
-    from tvm import relax
-
-    builder = rewriter.builder_
-    scale = rewriter.visit_expr(weight.scale)
-    if scale.ty.ndim == 0:
-        scale = builder.emit(relax.op.full((constants.outputs,), scale))
-    made = (
-        builder.call_te(tvm_bytes.offsets(constants, grid), rewriter.visit_expr(weight.integers)),
-        builder.call_te(tvm_bytes.multipliers(constants, grid), scale),
-    )
-    return [builder.emit(value) for value in made]
-
-
-def _packed(builder: Any, constants: Convolution, weight: Any) -> Any:
-    def packed_weight(weight: Any) -> Any:
-        return pack(constants, weight)
-
-    return builder.call_te(packed_weight, weight, primfunc_name_hint="conv2d_pack")
 
 
 def _flat_convolution(rewriter: Any, call: Any) -> Any:

@@ -20,9 +20,10 @@ import numpy as np
 
 from pruna_ir.backends import tvm_gpu
 from pruna_ir.backends.tvm_blocked import block_convolutions
-from pruna_ir.backends.tvm_dot import INT8, multiplied
+from pruna_ir.backends.tvm_dot import INT8, Dot, multiplied
 from pruna_ir.backends.tvm_import import Imported
 from pruna_ir.backends.tvm_loader import LOADER, loader_source
+from pruna_ir.backends.tvm_narrow_products import narrow_products
 from pruna_ir.backends.tvm_processors import absent_features, needed_features
 from pruna_ir.backends.tvm_products import legalize_matmul
 from pruna_ir.backends.tvm_reductions import legalize_layer_norm, legalize_softmax
@@ -79,9 +80,9 @@ def host_target(cpu: str = "") -> Any:
     return tvm.target.Target(named | ({"mattr": hidden} if hidden else {}))
 
 
-def has_dots(target: Any) -> bool:
-    """Whether a processor has instructions that multiply bytes."""
-    return INT8.is_covered(_features(target))
+def has_dots(target: Any, kind: Dot = INT8) -> bool:
+    """Whether a processor has instructions that multiply bytes, or another narrow type."""
+    return kind.is_covered(_features(target))
 
 
 def build(
@@ -161,6 +162,7 @@ def _optimization(
             t.DecomposeOpsForInference(),
             t.CanonicalizeBindings(),
             _blocking(features, parameters, tiles),
+            _narrowing(features, parameters),
             t.LegalizeOps(
                 {
                     "relax.matmul": partial(legalize_matmul, choose=tiles.product),
@@ -190,6 +192,17 @@ def _blocking(
         return block_convolutions(module, features, parameters, tiles.convolution)
 
     return tvm.transform.module_pass(blocked, opt_level=0, name="BlockConvolutions")
+
+
+def _narrowing(
+    features: Callable[[str], bool], parameters: Mapping[str, np.ndarray[Any, Any]]
+) -> Any:
+    import tvm
+
+    def rewritten(module: Any, _: Any) -> Any:
+        return narrow_products(module, parameters, features)
+
+    return tvm.transform.module_pass(rewritten, opt_level=0, name="NarrowProducts")
 
 
 def _lowering() -> Any:

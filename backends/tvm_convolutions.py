@@ -20,13 +20,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pruna_ir.backends.tvm_dot import INT8, dot, word
+from pruna_ir.backends.tvm_dot import BFLOAT16, INT8, dot, widened, word
 from pruna_ir.backends.tvm_loops import LANES, extent
 
 ACCUMULATE, PAD = "conv2d_blocked", "conv2d_pad"
 _PACK = "conv2d_pack"
 _BLOCKS, _COLUMNS = "tile_blocks", "tile_columns"
 _OUT_ELEMENTWISE_FUSABLE = 4
+_DOTS = {kind.depth: kind for kind in (INT8, BFLOAT16)}
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def pack(convolution: Convolution, weight: Any) -> Any:
         channel = block * LANES + lane
         inside = channel < convolution.outputs
         value = tirx.if_then_else(inside, weight[channel, 0, y, x], zero)
-        return value.astype("int32") if convolution.quad > 1 else value
+        return value.astype("int32") if convolution.quad == INT8.depth else value
 
     if convolution.is_depthwise:
         return te.compute((convolution.blocks, kh, kw, LANES), depthwise, name=_PACK)
@@ -262,7 +263,8 @@ def convolve(
 ) -> Callable[[Any, Any], Any]:
     """The computation of a convolution of data, [n, C/16, H, W, 16] or [n, C, H, W], and weights.
 
-    Dot products read bytes, [n, C/16, H, W, 16], or words of `quad` channels, [n, C/quad, H, W].
+    Dot products read bytes or halves, [n, C/16, H, W, 16], or words of `quad` channels,
+    [n, C/quad, H, W]. Depthwise convolutions of halves widen them and multiply float32.
 
     Args:
         convolution: its constants.
@@ -309,7 +311,7 @@ def _product(
 
     (kh, kw), step = convolution.kernel, convolution.step
     (sy, sx), (dy, dx) = convolution.strides, convolution.dilation
-    quad = convolution.quad
+    quad, kind = convolution.quad, _DOTS.get(convolution.quad)
     sizes = {"outer": convolution.depth // step, "ky": kh, "kx": kw, "inner": step // quad}
     if convolution.is_depthwise:
         sizes = {"ky": kh, "kx": kw}
@@ -320,7 +322,9 @@ def _product(
     def depthwise(n: Any, o: Any, y: Any, x: Any, lane: Any) -> Any:
         row, column = y * sy + at["ky"] * dy, x * sx + at["kx"] * dx
         value, weight = source[n, o, row, column, lane], packed[o, at["ky"], at["kx"], lane]
-        return dot(INT8, value.astype("int32"), weight) if quad > 1 else value * weight
+        if str(source.dtype) == BFLOAT16.data:
+            return widened(value) * weight
+        return dot(kind, value.astype("int32"), weight) if kind else value * weight
 
     def element(n: Any, o: Any, y: Any, x: Any, lane: Any) -> Any:
         channel = convolution.first_channel(o) + at["outer"] * step + at["inner"] * quad
@@ -330,7 +334,7 @@ def _product(
         else:
             value = source[n, channel // LANES, row, column, channel % LANES]
         weight = packed[o, at["outer"], at["ky"], at["kx"], at["inner"], lane]
-        return dot(INT8, value, weight) if quad > 1 else value * weight
+        return dot(kind, value, weight) if kind else value * weight
 
     return list(axes.values()), depthwise if convolution.is_depthwise else element
 

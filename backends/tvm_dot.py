@@ -1,6 +1,7 @@
-"""Dot products of AVX-512: sixteen sums at a time, each of four bytes times four bytes.
+"""Dot products of AVX-512: sixteen sums at a time, each of four bytes or two bfloat16 numbers.
 
-    int8    vpdpbusd    s32[16] += sum of u8[4] * s8[16, 4]    exact: nothing saturates
+    int8      vpdpbusd     s32[16] += sum of u8[4] * s8[16, 4]      exact: nothing saturates
+    bfloat16  vdpbf16ps    f32[16] += sum of bf16[2] * bf16[16, 2]  two roundings
 
 A computation names the product by `dot`, which reads the *first* of the values that lie behind
 each other in the data, and the word that packs as many weights (`word`):
@@ -29,7 +30,7 @@ from typing import Any
 from pruna_ir.backends.tvm_loops import LANES
 
 _VECTORIZED = 2
-_BYTE = 255
+_WORD = 32
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class Dot:
         data: the type of the data, and of the operand that it is broadcast to.
         sums: the type of the sums.
         operand: the vector that both operands are handed over as.
-        intrinsic: LLVM's name.
+        intrinsic: LLVM's name, or that of a function of ours.
         features: the instruction sets that it needs, as LLVM names them.
+        definition: that function, in LLVM's language, where TVM has no type for the operands.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Dot:
     operand: str
     intrinsic: str
     features: tuple[str, ...]
+    definition: str = ""
 
     def is_covered(self, features: Callable[[str], bool]) -> bool:
         """Whether a processor has the instruction.
@@ -70,7 +73,23 @@ INT8 = Dot(
     ("avx512f", "avx512vnni"),
 )  # fmt: skip
 """Unsigned data times signed weights."""
-_DOTS = {made.marker: made for made in (INT8,)}
+_PAIRS = """
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+
+define <16 x float> @pruna_dpbf16ps(<16 x float> %sums, <16 x i32> %data, <16 x i32> %words) {
+  %a = bitcast <16 x i32> %data to <32 x bfloat>
+  %b = bitcast <16 x i32> %words to <32 x bfloat>
+  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(
+      <16 x float> %sums, <32 x bfloat> %a, <32 x bfloat> %b)
+  ret <16 x float> %r
+}
+"""
+BFLOAT16 = Dot(
+    "bfloat16", "pruna_dot_bfloat16", 2, "uint16", "float32", "int32x16", "pruna_dpbf16ps",
+    ("avx512f", "avx512bf16"), _PAIRS,
+)  # fmt: skip
+"""Pairs of bfloat16 numbers, held as uint16, and of weights."""
+_DOTS = {made.marker: made for made in (INT8, BFLOAT16)}
 
 
 def dot(kind: Dot, data: Any, packed: Any) -> Any:
@@ -87,26 +106,43 @@ def dot(kind: Dot, data: Any, packed: Any) -> Any:
 
 
 def word(values: Sequence[Any]) -> Any:
-    """Four int8 values as the bytes of an int32, the first the lowest."""
+    """Four int8 values, or two uint16 ones, side by side in an int32, the first the lowest."""
     from tvm import tirx
 
-    def byte(value: Any) -> Any:
-        return value.astype("int32") & tirx.const(_BYTE, "int32")
+    width = _WORD // len(values)
 
-    packed = byte(values[0])
+    def part(value: Any) -> Any:
+        return value.astype("int32") & tirx.const(2**width - 1, "int32")
+
+    packed = part(values[0])
     for place, value in enumerate(values[1:], start=1):
-        packed = packed | (byte(value) << tirx.const(8 * place, "int32"))
+        packed = packed | (part(value) << tirx.const(width * place, "int32"))
     return packed
+
+
+def widened(half: Any) -> Any:
+    """The float32 number of which a uint16 is the upper half."""
+    from tvm import tirx
+
+    bits = half.astype("uint32") << tirx.const(_WORD // 2, "uint32")
+    return tirx.reinterpret("float32", bits)
 
 
 def with_dots(function: Any) -> Any:
     """A scheduled ``PrimFunc`` with instructions in the place of its calls of `dot`."""
     import tvm_ffi
     from tvm import tirx
+    from tvm.ir import StringImm
 
     body = tvm_ffi.structural_map(
         function.body, (tirx.BufferStore, _instruction), (tirx.For, _without_lanes), order="post"
     )
+    name = multiplied(function.with_body(body))
+    for kind in _DOTS.values():
+        if kind.definition and kind.name == name:
+            body = tirx.AttrStmt(
+                tirx.const(0, "int32"), "pragma_import_llvm", StringImm(kind.definition), body
+            )
     return function.with_body(body)
 
 
@@ -121,13 +157,19 @@ def _instruction(store: Any) -> Any:
     _, data, packed = call.args
     words = tirx.BufferLoad(packed.source, _along(packed.indices, LANES))
     sums = store.value.a
-    made = tirx.call_llvm_pure_intrin(
-        f"{kind.sums}x{LANES}",
-        kind.intrinsic,
-        tirx.BufferLoad(sums.source, _along(sums.indices, LANES)),
-        tirx.reinterpret(kind.operand, _data(kind, data)),
-        tirx.reinterpret(kind.operand, words),
-    )
+    held = tirx.BufferLoad(sums.source, _along(sums.indices, LANES))
+    if kind.definition:
+        made = tirx.call_pure_extern(
+            f"{kind.sums}x{LANES}", kind.intrinsic, held, _data(kind, data), words
+        )
+    else:
+        made = tirx.call_llvm_pure_intrin(
+            f"{kind.sums}x{LANES}",
+            kind.intrinsic,
+            held,
+            tirx.reinterpret(kind.operand, _data(kind, data)),
+            tirx.reinterpret(kind.operand, words),
+        )
     return tirx.BufferStore(store.buffer, made, _along(store.indices, LANES))
 
 
@@ -179,19 +221,25 @@ def multiplied(function: Any) -> str:
     import tvm
     import tvm_ffi
 
-    names = {
-        tvm.target.codegen.llvm_lookup_intrinsic_id(made.intrinsic): made.name
-        for made in _DOTS.values()
-    }
-    called = tvm.ir.Op.get("tirx.call_llvm_pure_intrin")
+    find = tvm.target.codegen.llvm_lookup_intrinsic_id
+    kinds = _DOTS.values()
+    names = {find(kind.intrinsic): kind.name for kind in kinds if not kind.definition}
+    own = {kind.intrinsic: kind.name for kind in kinds if kind.definition}
+    intrinsic, extern = (
+        tvm.ir.Op.get(f"tirx.{name}") for name in ("call_llvm_pure_intrin", "call_pure_extern")
+    )
     found: set[str] = set()
 
     def note(call: Any) -> None:
-        if call.op.same_as(called):
+        if call.op.same_as(intrinsic):
             found.add(names.get(int(call.args[0].value), ""))
+        elif call.op.same_as(extern):
+            found.add(own.get(str(call.args[0].value), ""))
 
     tvm_ffi.structural_walk(function.body, (tvm.ir.Call, note))
     return next(iter(sorted(found - {""})), "")
 
 
-__all__: Sequence[str] = ("INT8", "Dot", "dot", "multiplied", "with_dots", "word")
+__all__: Sequence[str] = (
+    "BFLOAT16", "INT8", "Dot", "dot", "multiplied", "widened", "with_dots", "word",
+)  # fmt: skip

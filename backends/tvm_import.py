@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from pruna_ir.backends.tvm_bfloat16 import conversion, with_float32
 from pruna_ir.backends.tvm_operators import OPERATORS
 from pruna_ir.backends.tvm_plain_products import with_plain_products
 from pruna_ir.call import bind_arguments, unbind_arguments
@@ -71,6 +72,7 @@ def import_program(program: Program) -> Imported:
             exported,
             custom_convert_map={
                 **OPERATORS,
+                "_to_copy.default": conversion(_constants(exported)),
                 "fake_quant.default": _fake_quant_translation(exported),
             },
             run_ep_decomposition=False,
@@ -87,7 +89,7 @@ def import_program(program: Program) -> Imported:
 
 def core_form(program: Program) -> torch.export.ExportedProgram:
     """The program in core ATen operators and ``fake_quant``."""
-    exported = reexport(with_plain_products(_without_views(program)))
+    exported = reexport(with_float32(with_plain_products(_without_views(program))))
     table = torch.export.default_decompositions()
     for operator in _WHOLE:
         del table[operator]

@@ -1,7 +1,8 @@
 """Layouts: how a rewriter of Relax functions holds a tensor [n, C, H, W].
 
     blocked    [n, C/16, H, W, 16], of the tensor's own type
-    bytes      blocked too, of a tensor on a grid, see `tvm_bytes`
+    bytes      blocked too, of a tensor on a grid, see `tvm_bytes`; or the upper halves of one
+               that is rounded to bfloat16, see `tvm_bfloat16`
 
 A rewriter has what the functions here look up and note: a ``builder_``, the dictionaries
 ``blocked`` and ``bytes`` of `Blocked` tensors and ``quantised`` of `Quantised` ones, by the
@@ -10,10 +11,11 @@ variable of the function that is rewritten. What one needs is made when it is as
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pruna_ir.backends import tvm_bytes
+from pruna_ir.backends import tvm_bfloat16, tvm_bytes
 from pruna_ir.backends.tvm_bytes import Grid
 from pruna_ir.backends.tvm_loops import LANES
 
@@ -27,10 +29,15 @@ class Blocked:
 
 
 @dataclass(frozen=True)
+class Halves:
+    """The grid of bfloat16."""
+
+
+@dataclass(frozen=True)
 class Quantised:
     """A tensor on a grid, and the tensor that was quantised, where its bytes are to be made."""
 
-    grid: Grid
+    grid: Grid | Halves
     source: Any = None
 
 
@@ -76,8 +83,9 @@ def as_blocked(rewriter: Any, value: Any) -> Any:
     """
     if is_quantised(rewriter, value):
         grid = rewriter.quantised[value].grid
+        expand, name = _expansion(grid)
         made = rewriter.builder_.call_te(
-            tvm_bytes.dequantize(grid), as_bytes(rewriter, value), primfunc_name_hint="dequantize"
+            expand, as_bytes(rewriter, value), primfunc_name_hint=name
         )
         return rewriter.builder_.emit(made)
     if value in rewriter.blocked:
@@ -85,6 +93,20 @@ def as_blocked(rewriter: Any, value: Any) -> Any:
     made = _block(rewriter.builder_, rewriter.visit_expr(value))
     rewriter.blocked[value] = Blocked(made, int(value.ty.shape[1]))
     return made
+
+
+def _expansion(grid: Grid | Halves) -> tuple[Callable[[Any], Any], str]:
+    """What computes the numbers of a grid from what is kept of them, and its name."""
+    if isinstance(grid, Halves):
+        return tvm_bfloat16.widen, tvm_bfloat16.WIDEN
+    return tvm_bytes.dequantize(grid), "dequantize"
+
+
+def _reduction(grid: Grid | Halves) -> tuple[Callable[[Any], Any], str]:
+    """What computes what is kept of numbers on a grid, and its name."""
+    if isinstance(grid, Halves):
+        return tvm_bfloat16.narrow, tvm_bfloat16.NARROW
+    return tvm_bytes.quantize(grid), "quantize"
 
 
 def is_quantised(rewriter: Any, value: Any) -> bool:
@@ -103,9 +125,8 @@ def as_bytes(rewriter: Any, value: Any) -> Any:
     if value not in rewriter.bytes:
         held = rewriter.quantised[value]
         source = as_blocked(rewriter, held.source)
-        made = rewriter.builder_.call_te(
-            tvm_bytes.quantize(held.grid), source, primfunc_name_hint="quantize"
-        )
+        reduce, name = _reduction(held.grid)
+        made = rewriter.builder_.call_te(reduce, source, primfunc_name_hint=name)
         made = rewriter.builder_.emit(made)
         rewriter.bytes[value] = Blocked(made, int(value.ty.shape[1]))
     return rewriter.bytes[value].value

@@ -2,6 +2,8 @@
 
     amax, amin      max, min over dimensions
     linear          matmul with the transposed weight, in the dtype of the operands
+    matmul, mm, bmm, addmm
+                    in the dtype of the operands: the importer's give float32 for all
     scaled_dot_product_attention
                     products and a softmax over rows; rows without a key give zeros
     any             max over booleans as int8
@@ -103,6 +105,29 @@ def _linear(node: fx.Node, importer: Any) -> Any:
     return emit(relax.op.add(product, _operand(importer, bound["bias"])))
 
 
+def _matmul(node: fx.Node, importer: Any) -> Any:
+    from tvm import relax
+
+    operands = (_operand(importer, value) for value in bind_arguments(node).values())
+    return importer.block_builder.emit(relax.op.matmul(*operands))
+
+
+def _addmm(node: fx.Node, importer: Any) -> Any:
+    from tvm import relax
+
+    bound = bind_arguments(node)
+    emit = importer.block_builder.emit
+    bias, a, b = (_operand(importer, bound[name]) for name in ("self", "mat1", "mat2"))
+
+    def scaled(x: Any, factor: float) -> Any:
+        return x if factor == 1 else emit(x * relax.const(factor, x.ty.dtype.dtype))
+
+    product = scaled(emit(relax.op.matmul(a, b)), bound["alpha"])
+    if bound["beta"] == 0:  # torch does not read it then, NaN and all
+        return product
+    return emit(relax.op.add(product, scaled(bias, bound["beta"])))
+
+
 def _attention(node: fx.Node, importer: Any) -> Any:
     from tvm import relax
 
@@ -156,13 +181,17 @@ def _shares(importer: Any, scores: Any) -> Any:
 
 
 OPERATORS: Mapping[str, Translation] = {
+    "addmm.default": _addmm,
     "amax.default": _extreme("max"),
     "amin.default": _extreme("min"),
     "any.default": _any,
+    "bmm.default": _matmul,
     "cumprod.default": _scan("cumprod"),
     "cumsum.default": _scan("cumsum"),
     "linear.default": _linear,
+    "matmul.default": _matmul,
     "min.dim": _min_dim,
+    "mm.default": _matmul,
     "prod.dim_int": _prod,
     "scaled_dot_product_attention.default": _attention,
 }

@@ -2,6 +2,8 @@
 
     reshape(addmm(b, reshape(x, [-1, K]), W), [.., N])  -->  add(matmul(x, W), b)    x [.., K]
 
+Between the inner reshape and the product may be a quantiser with one scale, or a conversion to
+another dtype, which is then of x.
 GPT-2's dense layers are written so. Without the reshapes, what follows the product (an activation,
 a residual) is computed as the product is written out.
 """
@@ -15,6 +17,7 @@ from torch import fx
 
 from pruna_ir.call import bind_arguments
 from pruna_ir.program import Program
+from pruna_ir.quantization import fake_quant_op
 from pruna_ir.transform import Context, Rewrite
 
 aten = torch.ops.aten
@@ -27,27 +30,38 @@ def with_plain_products(program: Program) -> Program:
         found = _flattened(node)
         if found is None:
             continue
-        x, weight, bias = found
+        x, weight, bias, quantiser = found
+        if quantiser is not None:
+            bound = bind_arguments(quantiser)
+            bound |= {next(iter(bound)): x}
+            assert isinstance(quantiser.target, torch._ops.OpOverload)
+            x = rw.insert(quantiser.target, before=node, like=x, **bound)
         product = rw.insert(aten.matmul.default, before=node, like=node, self=x, other=weight)
         total = rw.insert(aten.add.Tensor, before=node, like=node, self=product, other=bias)
         rw.replace(node, total)
     return rw.finish()
 
 
-def _flattened(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
-    """x, W and b, where the node is a product of flattened rows that has their shape again."""
+def _flattened(
+    node: fx.Node,
+) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node | None] | None:
+    """x, W, b and x's quantiser, where a product of flattened rows has their shape again."""
     product = bind_arguments(node)["self"]
     if product.target is not aten.addmm.default or len(product.users) > 1:
         return None
     bound = bind_arguments(product)
-    rows = bound["mat1"]
+    rows, quantiser = bound["mat1"], None
+    if rows.target is fake_quant_op() and bind_arguments(rows)["axis"] is None:
+        rows, quantiser = bind_arguments(rows)["x"], rows
+    elif rows.target is aten.to.dtype:
+        rows, quantiser = bind_arguments(rows)["self"], rows
     if rows.target is not aten.reshape.default or (bound["alpha"], bound["beta"]) != (1, 1):
         return None
     x = bind_arguments(rows)["self"]
     given, result = _sizes(x), _sizes(node)
     fits = len(given) > 2 and given[:-1] == result[:-1] and given[-1] == _sizes(rows)[-1]
     plain = bound["self"].meta["val"].dim() == 1
-    return (x, bound["mat2"], bound["self"]) if fits and plain else None
+    return (x, bound["mat2"], bound["self"], quantiser) if fits and plain else None
 
 
 def _sizes(node: Any) -> list[str]:

@@ -25,10 +25,12 @@ from typing import Any
 from pruna_ir.backends.tvm_loops import extent
 
 PRODUCT = "packed_product"
-_PACK = "product_pack"
+PACK = "product_pack"
 _PAD, _CROP = "product_rows", "product_crop"
 _TILE = "pruna.tile"
-COPIES = (_PACK, _PAD)
+COPIES = (PACK, _PAD)
+PRODUCT_ATTRIBUTES = {"op_pattern": 4}
+"""TVM's mark of a function that element-wise readers are fused into."""
 _UNKNOWN_ROWS = 6
 """Rows of a tile where the number of rows is not known: wide panels, little waste on few rows."""
 _PANEL_ELEMENTS = 768 * 256
@@ -144,19 +146,19 @@ def legalize_matmul(
     a, b = call.args
     if not _is_plain(a, b):
         return tvm.ir.Op.get("relax.matmul").get_attr("FLegalize")(builder, call)
-    rows, columns = _constant(a.ty.shape[-2]), _constant(b.ty.shape[-1])
-    batch = prod(_constant(size) or 1 for size in list(b.ty.shape)[:-2])
+    rows, columns = constant_size(a.ty.shape[-2]), constant_size(b.ty.shape[-1])
+    batch = prod(constant_size(size) or 1 for size in list(b.ty.shape)[:-2])
     product = Product(rows, columns, int(a.ty.shape[-1]), batch)
     tile = choose(product, Registers.of_target())
     if b.ty.ndim == 2:
-        packed = builder.emit(builder.call_te(pack, b, tile.panel, primfunc_name_hint=_PACK))
+        packed = builder.emit(builder.call_te(pack, b, tile.panel, primfunc_name_hint=PACK))
         return builder.call_te(
             packed_product(columns, tile), a, packed, primfunc_name_hint="matmul_packed"
         )
     return builder.call_te(batched_product(tile), a, b, primfunc_name_hint="matmul_batched")
 
 
-def _constant(size: Any) -> int:
+def constant_size(size: Any) -> int:
     """A size; 0 where it is symbolic."""
     from tvm import tirx
 
@@ -167,7 +169,7 @@ def _is_plain(a: Any, b: Any) -> bool:
     kinds = {str(getattr(v.ty.dtype, "dtype", v.ty.dtype)) for v in (a, b)}
     if kinds != {"float32"} or a.ty.ndim < 2 or b.ty.ndim < 2:
         return False
-    return all(_constant(size) for size in (a.ty.shape[-1], b.ty.shape[-2], b.ty.shape[-1]))
+    return all(constant_size(size) for size in (a.ty.shape[-1], b.ty.shape[-2], b.ty.shape[-1]))
 
 
 def pack(b: Any, panel: int) -> Any:
@@ -185,7 +187,7 @@ def pack(b: Any, panel: int) -> Any:
         zero = tirx.const(0, b.dtype)
         return tirx.if_then_else(column < columns, b(*leading, row, column), zero)
 
-    return te.compute((*batch, -(-columns // panel), k, panel), element, name=_PACK)
+    return te.compute((*batch, -(-columns // panel), k, panel), element, name=PACK)
 
 
 def packed_product(columns: int, tile: Tile) -> Callable[[Any, Any], Any]:
@@ -216,16 +218,52 @@ def batched_product(tile: Tile) -> Callable[[Any, Any], Any]:
     return matmul
 
 
+def packed_by(
+    weight: Any,
+    panel: int,
+    transposed: bool,
+    depth: int,
+    word: Callable[[Sequence[Any]], Any],
+) -> Any:
+    """``P[j // panel, k // depth, j % panel]``: ``depth`` values along k as one word each.
+
+    Args:
+        weight: [N, K] where transposed, else [K, N]; filled up with zeros.
+        panel: columns of a panel.
+        transposed: see above.
+        depth: values in a word.
+        word: makes one of its values.
+    """
+    from tvm import te, tirx
+
+    sizes = [int(size) for size in weight.shape]
+    columns, rows = sizes if transposed else sizes[::-1]
+    zero = tirx.const(0, weight.dtype)
+
+    def value(row: Any, column: Any) -> Any:
+        at = (column, row) if transposed else (row, column)
+        inside = tirx.all(row < rows, column < columns)
+        if rows % depth == 0 and columns % panel == 0:
+            return weight(*at)
+        return tirx.if_then_else(inside, weight(*at), zero)
+
+    def element(block: Any, step: Any, lane: Any) -> Any:
+        column = block * panel + lane
+        return word([value(step * depth + place, column) for place in range(depth)])
+
+    return te.compute((-(-columns // panel), -(-rows // depth), panel), element, name=PACK)
+
+
 def _broadcast(a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
     length = max(len(a), len(b))
     left, right = [1] * (length - len(a)) + list(a), [1] * (length - len(b)) + list(b)
-    return [y if _constant(x) == 1 else x for x, y in zip(left, right, strict=True)]
+    return [y if constant_size(x) == 1 else x for x, y in zip(left, right, strict=True)]
 
 
 def _own(leading: Sequence[Any], sizes: Sequence[Any]) -> list[Any]:
     """The batch indices of one operand."""
     given = leading[len(leading) - len(sizes) :]
-    return [0 if _constant(size) == 1 else i for i, size in zip(given, sizes, strict=True)]
+    return [0 if constant_size(size) == 1 else i for i, size in zip(given, sizes, strict=True)]
 
 
 def _product(
@@ -234,7 +272,7 @@ def _product(
     from tvm import te, tirx
 
     *own_batch, m, depth = a.shape
-    known = _constant(m)
+    known = constant_size(m)
     # TVM can prove that m // r + 1 tiles cover a symbolic m, but not that its ceiling does.
     rows = -(-known // tile.rows) * tile.rows if known else (m // tile.rows + 1) * tile.rows
     wide = -(-columns // tile.panel) * tile.panel
@@ -257,6 +295,53 @@ def _product(
         (*batch, rows, wide), element, name=PRODUCT, attrs={_TILE: astuple(tile)}
     )
     return te.compute((*batch, m, columns), lambda *at: held(*at), name=_CROP)
+
+
+def register_tiles(
+    a: Any,
+    packed: Any,
+    columns: int,
+    tile: Tile,
+    depth: int,
+    products: Callable[[Any, Any], Any],
+    written: Callable[..., Any],
+) -> Any:
+    """A product with packed words, each of ``depth`` values along k.
+
+    Rows behind the last one, which fill its tile, repeat it.
+
+    Args:
+        a: [.., M, K]; a copy that is filled up with zeros, where ``depth`` does not divide K.
+        packed: [panels, K / depth, panel].
+        columns: how many there are.
+        tile: what is held in registers.
+        depth: values in a word.
+        products: the sum of the products of a word's values with those of ``a`` from some on.
+        written: what is written out, from the sums and the indices.
+    """
+    from tvm import te, tirx
+
+    *batch, m, inner = a.shape
+    known, steps = constant_size(m), int(packed.shape[1])
+    rows = -(-known // tile.rows) * tile.rows if known else (m // tile.rows + 1) * tile.rows
+    source = a
+    if int(inner) % depth:
+
+        def padded(*at: Any) -> Any:
+            return tirx.if_then_else(at[-1] < inner, a(*at), tirx.const(0, a.dtype))
+
+        source = te.compute((*batch, m, steps * depth), padded, name=_PAD)
+    k = te.reduce_axis((0, steps), name="k")
+
+    def element(*at: Any) -> Any:
+        *leading, i, j = at
+        row = i if known and rows == known else tirx.min(i, m - 1)
+        values = source(*leading, row, k * depth)
+        return te.sum(products(values, packed[j // tile.panel, k, j % tile.panel]), axis=k)
+
+    wide = -(-columns // tile.panel) * tile.panel
+    held = te.compute((*batch, rows, wide), element, name=PRODUCT, attrs={_TILE: astuple(tile)})
+    return te.compute((*batch, m, columns), lambda *at: written(held, *at), name=_CROP)
 
 
 # -- schedule ------------------------------------------------------------------------------------
@@ -323,7 +408,8 @@ def schedule_copy(schedule: Any, block: Any) -> None:
 
 
 __all__: Sequence[str] = (
-    "COPIES", "PRODUCT", "Product", "Registers", "Tile", "batched_product", "choose_tile",
-    "legalize_matmul", "pack", "packed_product", "ranked_tiles", "rule", "schedule_copy",
+    "COPIES", "PACK", "PRODUCT", "PRODUCT_ATTRIBUTES", "Product", "Registers", "Tile",
+    "batched_product", "choose_tile", "constant_size", "legalize_matmul", "pack", "packed_by",
+    "packed_product", "ranked_tiles", "register_tiles", "rule", "schedule_copy",
     "schedule_matmul", "schedule_product",
 )  # fmt: skip

@@ -20,8 +20,8 @@ from pruna_ir.backends.tvm_loops import LANES
 
 ROWS = "row_result"
 _PART = "row_lanes"
-_OPAQUE = 8
-"""TVM's mark of a function that is not fused with its neighbours."""
+_FUSIBLE = 4
+"""TVM's mark of a function that element-wise readers are fused into."""
 
 
 # -- tensor expressions --------------------------------------------------------------------------
@@ -159,9 +159,9 @@ def legalize_layer_norm(builder: Any, call: Any) -> Any:
 
 
 def rows_call(builder: Any, function: Callable[..., Any], *operands: Any, name: str) -> Any:
-    """A call of a tensor expression on rows, which stays a function of its own."""
+    """A call of a tensor expression on rows, which takes in element-wise readers alone."""
     return builder.call_te(
-        function, *operands, primfunc_name_hint=name, primfunc_attrs={"op_pattern": _OPAQUE}
+        function, *operands, primfunc_name_hint=name, primfunc_attrs={"op_pattern": _FUSIBLE}
     )
 
 
@@ -178,7 +178,9 @@ def _has_rows(x: Any) -> bool:
 
 
 def schedule_rows(schedule: Any, block: Any) -> None:
-    """Compute every step before ``block`` within its loop over rows."""
+    """Compute every step before ``block`` within its loop over rows, and what follows with it."""
+    for reader in schedule.get_consumers(block):
+        schedule.reverse_compute_inline(reader)
     *outer, _ = schedule.get_loops(block)
     row = schedule.fuse(*outer) if len(outer) > 1 else outer[0]
     root = schedule.get_sblock("root")

@@ -51,6 +51,14 @@ def _inline(schedule: Any, root: Any) -> None:
             schedule.compute_inline(block)
 
 
+def _inline_readers(schedule: Any, block: Any) -> None:
+    """Inline what follows a block, element by element, into the last of it."""
+    for reader in schedule.get_consumers(block):
+        while behind := schedule.get_consumers(reader):
+            schedule.compute_inline(reader)
+            reader = behind[0]
+
+
 def _schedule_loops(schedule: Any, block: Any) -> None:
     """Run the leading loops in parallel; the innermost is LLVM's to vectorise."""
     kinds = [int(v.iter_type) for v in schedule.get(block).iter_vars]
@@ -98,6 +106,7 @@ def schedule_function(function: Any) -> tuple[Any, bool]:
     root = schedule.get_sblock("root")
     for block in schedule.get_child_blocks(root):
         if schedule.get(block).name_hint == tvm_reductions.ROWS:
+            _inline_readers(schedule, block)
             tvm_reductions.schedule_rows(schedule, block)
             return schedule.mod["main"], False
     _inline(schedule, root)

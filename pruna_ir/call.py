@@ -34,6 +34,22 @@ def _arguments(target: torch._ops.OpOverload) -> tuple[_Argument, ...]:
     )
 
 
+_MISSING = object()
+
+
+@cache
+def _binding(
+    target: torch._ops.OpOverload,
+) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, Any]]:
+    """The names of positional and of required arguments; every name with its default."""
+    arguments = _arguments(target)
+    return (
+        tuple(a.name for a in arguments if not a.keyword_only),
+        tuple(a.name for a in arguments if not a.has_default),
+        {a.name: a.default if a.has_default else _MISSING for a in arguments},
+    )
+
+
 def bind_arguments(node: fx.Node) -> dict[str, Any]:
     """Every argument of an ATen call by schema name, defaults filled in.
 
@@ -53,16 +69,15 @@ def bind_values(
     Raises:
         InvalidIRError: a required argument is missing.
     """
-    bound: dict[str, Any] = {}
-    for position, argument in enumerate(_arguments(target)):
-        if not argument.keyword_only and position < len(args):
-            bound[argument.name] = args[position]
-        elif argument.name in kwargs:
-            bound[argument.name] = kwargs[argument.name]
-        elif argument.has_default:
-            bound[argument.name] = argument.default
-        else:
-            raise InvalidIRError(f"a call of {target} lacks its argument {argument.name}")
+    positional, required, defaults = _binding(target)
+    # Called several times for every node: whole dicts at once, in the order of the schema.
+    bound = {**defaults, **kwargs}
+    if len(bound) > len(defaults):
+        bound = {name: bound[name] for name in defaults}
+    bound.update(zip(positional, args, strict=False))
+    for name in required:
+        if bound[name] is _MISSING:
+            raise InvalidIRError(f"a call of {target} lacks its argument {name}")
     return bound
 
 

@@ -247,9 +247,10 @@ def _copied(graph: fx.Graph) -> fx.Graph:
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         own = new.create_node(node.op, node.target, name=node.name, type_expr=node.type)
-        own.args = fx.map_arg(node.args, copies.__getitem__)
+        # Past fx's own __setattr__, which files the node anew: arguments do not matter to that.
+        object.__setattr__(own, "args", fx.map_arg(node.args, copies.__getitem__))
         if node.kwargs:
-            own.kwargs = fx.map_arg(node.kwargs, copies.__getitem__)
+            object.__setattr__(own, "kwargs", fx.map_arg(node.kwargs, copies.__getitem__))
         own.meta.update(node.meta)
         copies[node] = own
     return new

@@ -31,7 +31,7 @@ FOUNDATION = (
 """Each imports only those before it."""
 DRIVERS = ("pipeline", "instruments", "bisect", "reproducer", "presets", "cli", "__main__")
 """They drive passes; the rest of the core, analyses and lowering included, never imports one."""
-HARD_DEPENDENCIES = frozenset({"numpy", "rich", "safetensors", "scipy", "torch"})
+HARD_DEPENDENCIES = frozenset({"numpy", "rich", "safetensors", "torch"})
 STANDARD = frozenset(sys.stdlib_module_names)
 
 

@@ -92,7 +92,7 @@ def test_the_wheel_carries_its_licence_and_needs(wheel: Path) -> None:
     assert "\nRequires-Python: >=3.11\n" in metadata
     needs = [line for line in metadata.splitlines() if line.startswith("Requires-Dist")]
     required = sorted(n.split()[1].split(">")[0] for n in needs if "extra ==" not in n)
-    assert required == ["numpy", "rich", "safetensors", "scipy", "torch"]
+    assert required == ["numpy", "rich", "safetensors", "torch"]
 
 
 def test_the_sdist_makes_the_same_wheel(

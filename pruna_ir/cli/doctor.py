@@ -19,7 +19,7 @@ from pruna_ir.errors import PrunaError
 from pruna_ir.options import make_backend
 
 _PACKAGES = (
-    "torch", "torchvision", "timm", "transformers", "numpy", "scipy", "safetensors", "onnx",
+    "torch", "torchvision", "timm", "transformers", "numpy", "safetensors", "onnx",
     "onnxruntime", "onnxscript", "onnx-graphsurgeon", "openvino", "apache-tvm",
     "tensorrt-rtx-cu13", "tensorrt",
 )  # fmt: skip

@@ -171,15 +171,17 @@ class Algebra:
         A dimension of size 1 shares nothing. Pairs must otherwise have equal sizes.
         """
         renamed: dict[Factor, tuple[Factor, ...]] = {}
+        of_a, of_b = set(a.factors()), set(b.factors())
         for x, y in zip(a_dims, b_dims, strict=True):
             mine, theirs = a.dims[x], b.dims[y]
             if not mine or not theirs or mine == theirs:
                 continue
-            apart = not (set(mine) & set(b.factors()) or set(theirs) & set(a.factors()))
+            apart = of_b.isdisjoint(mine) and of_a.isdisjoint(theirs)
             if apart and len(mine) == len(theirs) == 1 and mine[0].size == theirs[0].size:
                 renamed[theirs[0]] = mine
             else:
                 a, b = self._aligned(a, x, b, y, apart=apart)
+                of_a, of_b = set(a.factors()), set(b.factors())
         return a, b.split(renamed)
 
     def _aligned(
@@ -295,9 +297,7 @@ class Algebra:
 
     def _broadcast_pair(self, a: Value, b: Value) -> Value:
         rank = max(len(a.dims), len(b.dims))
-        a = Value(((),) * (rank - len(a.dims)) + a.dims, a.blocks)
-        b = Value(((),) * (rank - len(b.dims)) + b.dims, b.blocks)
-        b = _apart(a, b)
+        b = _apart(a := _of_rank(a, rank), _of_rank(b, rank))
         a, b = self.align(a, range(rank), b, range(rank))
         shared = {f for x, y in zip(a.dims, b.dims, strict=True) if x == y for f in x}
         dims = tuple(x or y for x, y in zip(a.dims, b.dims, strict=True))
@@ -362,10 +362,19 @@ class Algebra:
         return Block(rest, ids)
 
 
+def _of_rank(value: Value, rank: int) -> Value:
+    """The value with dimensions of size 1 in front of its own."""
+    missing = rank - len(value.dims)
+    return Value(((),) * missing + value.dims, value.blocks) if missing else value
+
+
 def _apart(a: Value, b: Value) -> Value:
     """``b`` with factors of its own on the dimensions that ``a`` broadcasts."""
+    repeated = [f for x, y in zip(a.dims, b.dims, strict=True) if not x for f in y]
+    if not repeated:
+        return b
     used = set(a.factors())
-    clash = [f for x, y in zip(a.dims, b.dims, strict=True) if not x for f in y if f in used]
+    clash = [factor for factor in repeated if factor in used]
     return b.split({factor: (Factor(factor.size),) for factor in clash})
 
 

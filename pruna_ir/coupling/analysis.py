@@ -123,11 +123,19 @@ class Coupling:
             gone: per unit, whether it is removed.
         """
         of_id = gone[self.solved.unit]
+        # Only blocks that lose all three of these can lose all.
+        suspects = np.flatnonzero(of_id[self._probes].all(1))
         return [
             (node, np.unique(self.solved.unit[ids]))
-            for node, ids in self.blocks
-            if ids.size and of_id[ids[0]] and of_id[ids].all()
+            for node, ids in map(self.blocks.__getitem__, suspects)
+            if of_id[ids].all()
         ]
+
+    @cached_property
+    def _probes(self) -> Ids:
+        """The first, middle and last id of each block, [blocks, 3]."""
+        probes = [(ids[0], ids[len(ids) // 2], ids[-1]) for _, ids in self.blocks]
+        return np.array(probes, np.int64).reshape(-1, 3)
 
 
 @paused_collector()
@@ -305,7 +313,8 @@ def _keep_rectangular(
                 grouped = _by_dimension(block, key[1:])
                 if grouped.ndim > 1:
                     links.product(grouped)
-                blocks.append((node.name, block.ids.ravel()))
+                if block.ids.size:
+                    blocks.append((node.name, block.ids.ravel()))
     return tuple(blocks)
 
 

@@ -101,8 +101,10 @@ class Links:
 
     def connect(self, a: Ids, b: Ids) -> None:
         """Ids at equal (broadcast) places go together."""
-        left, right = (a, b) if a.shape == b.shape else np.broadcast_arrays(a, b)
-        self._edges.append((left.ravel(), right.ravel()))
+        if a.shape != b.shape:
+            shape = np.broadcast(a, b).shape
+            a, b = _repeated(a, shape), _repeated(b, shape)
+        self._edges.append((a.ravel(), b.ravel()))
 
     def connect_all(self, arrays: Iterable[Ids]) -> None:
         """All ids of all arrays are one unit."""
@@ -169,9 +171,7 @@ class Links:
     ) -> tuple[list[Product], bool]:
         """Close the products that have one deciding axis; returns the open ones."""
         still_open, changed = [], False
-        for product in products:
-            states = _states(product.ids, labels, frozen)
-            axes = _varying(states)
+        for product, axes in zip(products, _all_varying(products, labels, frozen), strict=True):
             if len(axes) > 1:
                 still_open.append(product)
             elif product.readers:
@@ -253,6 +253,13 @@ def _joined(parts: Iterable[Ids]) -> Ids:
     return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
+def _repeated(ids: Ids, shape: tuple[int, ...]) -> Ids:
+    """The ids in a larger shape; ``np.broadcast_to`` takes five times as long for a few ids."""
+    result = np.empty(shape, ids.dtype)
+    result[...] = ids
+    return result
+
+
 def _line(ids: Ids, axis: int) -> Ids:
     """The ids along one axis at index 0 of the others."""
     return ids[tuple(slice(None) if k == axis else 0 for k in range(ids.ndim))]
@@ -265,10 +272,28 @@ def _states(ids: Ids, labels: Ids, frozen: Mask) -> Ids:
 
 
 def _varying(states: Ids) -> list[int]:
-    if not states.size:
-        return []
-    first = [(slice(None),) * k + (slice(1),) for k in range(states.ndim)]
-    return [k for k, line in enumerate(first) if (states != states[line]).any()]
+    """The axes along which states differ."""
+    return [k for k, varies in enumerate(_vary(states[None])) if varies[0]]
+
+
+def _vary(states: Ids) -> list[Mask]:
+    """For each axis after the first: whether the states along it differ, [len(states)]."""
+    first = [(slice(None),) * k + (slice(1),) for k in range(1, states.ndim)]
+    return [(states != states[line]).reshape(len(states), -1).any(1) for line in first]
+
+
+def _all_varying(products: list[Product], labels: Ids, frozen: Mask) -> list[list[int]]:
+    """`_varying` for the states of each product; those of one shape are compared together."""
+    shapes: dict[tuple[int, ...], list[int]] = {}
+    for number, product in enumerate(products):
+        shapes.setdefault(product.ids.shape, []).append(number)
+    found: list[list[int]] = [[] for _ in products]
+    for numbers in shapes.values():
+        ids = np.stack([products[number].ids for number in numbers])
+        for axis, varies in enumerate(_vary(_states(ids, labels, frozen))):
+            for place in np.flatnonzero(varies):
+                found[numbers[place]].append(axis)
+    return found
 
 
 @dataclass(frozen=True, eq=False)

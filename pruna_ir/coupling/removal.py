@@ -202,7 +202,7 @@ class _Shrunk:
     def __init__(self, alive: Mask) -> None:
         self._alive = alive
         self._left: dict[int, int] = {}
-        self._sizes: dict[Any, dict[int, tuple[int, int]]] = {}
+        self._sizes: dict[Any, tuple[dict[int, tuple[int, int]], tuple[Extent, ...]]] = {}
         self._known: dict[Any, torch.Tensor] = {}
 
     def is_whole(self, block: Block) -> bool:
@@ -221,15 +221,11 @@ class _Shrunk:
             return None
         key = (value.dims, value.blocks)
         if key not in self._sizes:
-            self._sizes[key] = self._counts(value)
-        counts = self._sizes[key]
+            counts = self._counts(value)
+            self._sizes[key] = counts, _sizes_after(value, counts)
+        counts, after = self._sizes[key]
         if not counts:
             return None
-        after = tuple(
-            product(factor.size for factor in factors) if dim not in counts
-            else counts[dim][1] * _symbolic(factors)
-            for dim, factors in enumerate(value.dims)
-        )  # fmt: skip
         known = (meta.dtype, meta.device, after)
         if known not in self._known:
             self._known[known] = resized_value(meta, _resized(meta.shape, counts))
@@ -249,6 +245,16 @@ class _Shrunk:
             else:
                 counts[dim] = kept_counts(value, dim, self._alive)
         return counts
+
+
+def _sizes_after(
+    value: Value, counts: Mapping[int, tuple[int, int]]
+) -> tuple[Extent, ...]:
+    """The size of every dimension after removal."""
+    sizes = list(value.sizes()) if counts else []
+    for dim, (_, after) in counts.items():
+        sizes[dim] = after * _symbolic(value.dims[dim])
+    return tuple(sizes)
 
 
 def _symbolic(factors: Sequence[Factor]) -> Extent:

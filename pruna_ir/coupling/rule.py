@@ -15,7 +15,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -41,11 +40,15 @@ class Site:
     arguments: Mapping[str, Any]
     values: Mapping[fx.Node, Result]
     algebra: Algebra
+    _sizes: tuple[Extent, ...] = ()
+    """The sizes of the only result; reading them from a fake tensor is slow."""
 
     @staticmethod
     def of(node: fx.Node, values: Mapping[fx.Node, Result], links: Links) -> Site:
         """The site of a call."""
-        return Site(node, bind_arguments(node), values, Algebra(links, node))
+        meta = node.meta.get("val")
+        sizes = tuple(map(extent, meta.shape)) if isinstance(meta, torch.Tensor) else ()
+        return Site(node, bind_arguments(node), values, Algebra(links, node), sizes)
 
     @property
     def links(self) -> Links:
@@ -95,11 +98,6 @@ class Site:
         if output is None:
             return self._sizes
         return tuple(map(extent, self.node.meta["val"][output].shape))
-
-    @cached_property
-    def _sizes(self) -> tuple[Extent, ...]:
-        """The sizes of the only result; reading them from a fake tensor is slow."""
-        return tuple(map(extent, self.node.meta["val"].shape))
 
     def axis(self, name: str, rank: int) -> int:
         """A dimension argument, counted from the front."""
@@ -269,10 +267,12 @@ def kept_counts(value: Value, dim: int, alive: Mask) -> tuple[int, int]:
     after, covered = before, 1
     for block in value.blocks:
         if block.touches(factors):
-            others = tuple(k for k, f in enumerate(block.factors) if f not in factors)
-            line = np.asarray(alive[block.ids].any(axis=others))
+            line = alive[block.ids]
+            others = tuple([k for k, f in enumerate(block.factors) if f not in factors])
+            if others:
+                line = np.logical_or.reduce(line, axis=others)
             covered *= line.size
-            after = after // line.size * int(line.sum())
+            after = after // line.size * int(np.count_nonzero(line))
     return before, after
 
 

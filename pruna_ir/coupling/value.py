@@ -99,7 +99,7 @@ class Value:
 
     def factors(self) -> tuple[Factor, ...]:
         """All factors, outermost first."""
-        return tuple(factor for dim in self.dims for factor in dim)
+        return tuple([factor for dim in self.dims for factor in dim])
 
     def tracked(self, dim: int) -> bool:
         """Whether a dimension carries ids."""

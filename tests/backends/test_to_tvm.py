@@ -246,6 +246,36 @@ def test_products(tmp_path: Path) -> None:
     assert largest_difference(made, tmp_path, torch.randn(3, 5, 7)) < 2e-6
 
 
+class DoubleProducts(torch.nn.Module):
+    """Products in float64, written with a bias, with factors, in batches and in two dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(7, 4, dtype=torch.float64))
+        self.bias = torch.nn.Parameter(torch.randn(4, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x, nothing = x.double(), self.bias / 0
+        rows = x[:, 0]
+        return (
+            x @ x.transpose(1, 2),
+            torch.mm(rows, self.weight),
+            torch.addmm(self.bias, rows, self.weight, beta=2, alpha=3),
+            torch.addmm(nothing, rows, self.weight, beta=0),
+        )
+
+
+def test_products_in_float64_stay_so(tmp_path: Path) -> None:
+    """TVM's importer gives float32 for products of any type."""
+    torch.manual_seed(0)
+    made = capture(DoubleProducts().eval(), (torch.randn(2, 5, 7),))
+    lowered(made, tmp_path)
+    x = torch.randn(3, 5, 7)
+    results = BACKEND.load(tmp_path, LoadOptions()).run([x.numpy()])
+    assert {str(result.dtype) for result in results} == {"float64"}
+    assert largest_difference(made, tmp_path, x) < 1e-13
+
+
 def test_a_grid_that_is_computed_becomes_plain_arithmetic(tmp_path: Path) -> None:
     class Dynamic(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

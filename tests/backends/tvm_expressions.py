@@ -14,12 +14,12 @@ Array = np.ndarray[Any, Any]
 
 
 def compiled(expression: Callable[..., Any], *arrays: Array) -> Array:
-    """What an expression of float32 tensors computes; no schedule may fail to apply."""
+    """What an expression, of a float32 result, computes; no schedule may fail to apply."""
     import tvm
     from tvm import te
 
     target = host_target()
-    operands = [te.placeholder(a.shape, name=f"a{i}") for i, a in enumerate(arrays)]
+    operands = [te.placeholder(a.shape, str(a.dtype), f"a{i}") for i, a in enumerate(arrays)]
     with target:
         result = expression(*operands)
         module = tvm.IRModule({"main": te.create_prim_func([*operands, result])})

@@ -147,7 +147,7 @@ def table(sizes: list[int]) -> None:
 def main() -> None:
     """Print both parts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--nodes", type=int, nargs="*", default=[100, 300, 1000, 3000, 10000])
+    parser.add_argument("--nodes", type=int, nargs="+", default=[100, 300, 1000, 3000, 10000])
     parser.add_argument("--skip-resnet50", action="store_true")
     arguments = parser.parse_args()
     kernels()

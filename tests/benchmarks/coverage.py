@@ -268,9 +268,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="*", default=["*"], help="globs of KIND:NAME")
+    parser.add_argument("--only", nargs="+", default=["*"], help="globs of KIND:NAME")
     parser.add_argument("--timm", nargs="*", default=None, help="other timm models, by name")
-    parser.add_argument("--steps", nargs="*", default=list(STEPS), choices=STEPS)
+    parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=STEPS)
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=900, help="limit of one model")

@@ -148,7 +148,7 @@ def _print(name: str, found: dict[str, Latency], facts: dict[str, str]) -> None:
 def main() -> None:
     """Print some lines a network."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="*", default=list(NETWORKS), choices=NETWORKS)
+    parser.add_argument("--models", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--budget", type=float, default=20.0, help="seconds a comparison")

@@ -3,6 +3,7 @@
     python tests/benchmarks/kernel_speed.py                             # all networks, two cores
     python tests/benchmarks/kernel_speed.py --threads 1 --models resnet18 --without compile
     python tests/benchmarks/kernel_speed.py --precision int8 --models resnet18 resnet50
+    python tests/benchmarks/kernel_speed.py --precision bf16 --models resnet18 resnet50
 
 Networks as in ``quantized_speed.py``, batch 1, random weights. For each one table of six: our TVM
 artifact, OpenVINO with ``INFERENCE_PRECISION_HINT=f32``, ONNX Runtime, torch eager, torch.compile
@@ -16,12 +17,15 @@ times as long as OpenVINO, or ResNet-50 compiles in 60 s or more.
 
 With ``--precision int8`` our TVM artifacts of the float32 and of the quantised program, and those
 of OpenVINO and ONNX Runtime, each quantised for its target, in turns; ratios are to our float32.
+With ``--precision bf16`` our float32 and bfloat16 artifacts, OpenVINO's in its own default
+precision, which is bfloat16 where the processor multiplies it, and the module in torch, converted.
 Exits 1 where ours gains less than ``GAINS``.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import tempfile
 import time
@@ -39,13 +43,18 @@ from pruna_ir.backends.tvm_import import import_program
 from pruna_ir.build import build
 from pruna_ir.latency import Latency, measure
 from pruna_ir.lowering import LoadOptions
+from pruna_ir.pipeline import Pipeline
 
 NETWORKS = (MODELS[0], "resnet50", *MODELS[1:])
 BOUNDS = {"resnet18": 1.25, "resnet50": 1.25}
 """The longest time of ours, in OpenVINO's."""
 BOUND = 1.5
-GAINS = {"resnet18": 2.5, "resnet50": 2.5}
-"""The least ratio of int8 to float32 on TVM; 1 for other networks."""
+GAINS = {
+    "int8": {"resnet18": 2.5, "resnet50": 2.5},
+    "bf16": {"resnet18": 1.5, "resnet50": 1.5},
+}
+"""The least ratio of a precision to float32 on TVM; 1 for other networks."""
+CAST = "cast-floats{dtype=bfloat16}"
 COMPILE_BOUND_S = 60.0
 SLOW_ROUNDS = 3
 _SIDE = 1536
@@ -78,17 +87,23 @@ def _arguments(net: Network) -> dict[str, torch.Tensor]:
 # -- candidates -----------------------------------------------------------------------------------
 
 
-def _artifact(net: Network, target: str, folder: Path, threads: int) -> Callable[[], object]:
+def _artifact(
+    net: Network, target: str, folder: Path, threads: int, *, strict: bool = True
+) -> Callable[[], object]:
     artifact = build(net.program, target, folder / target, verify=False)
-    runner = artifact.load(LoadOptions(threads=threads))
+    runner = artifact.load(LoadOptions(threads=threads, strict_precision=strict))
     return lambda: runner.run(net.inputs)
 
 
-def _eager(net: Network, *, compiled: bool) -> Callable[[], object]:
-    """The module in torch, as it came or compiled."""
+def _eager(
+    net: Network, *, compiled: bool = False, dtype: torch.dtype = torch.float32
+) -> Callable[[], object]:
+    """The module in torch, as it came, compiled or converted."""
     module: Any = torch.compile(net.module) if compiled else net.module
+    if dtype is not torch.float32:
+        module = copy.deepcopy(net.module).to(dtype)
     named = _arguments(net) if net.text else {}
-    given = () if net.text else (torch.from_numpy(net.inputs[0]),)
+    given = () if net.text else (torch.from_numpy(net.inputs[0]).to(dtype),)
 
     def run() -> object:
         with torch.no_grad():
@@ -120,7 +135,7 @@ def candidates(
     calls["ours (tvm)"] = _artifact(net, "tvm", folder, arguments.threads)
     seconds = time.perf_counter() - start
     calls["onnxruntime"] = _artifact(net, "onnx", folder, arguments.threads)
-    calls["torch eager"] = _eager(net, compiled=False)
+    calls["torch eager"] = _eager(net)
     if "compile" not in arguments.without:
         calls["torch.compile"] = _eager(net, compiled=True)
     return calls, seconds
@@ -136,6 +151,20 @@ def quantised_candidates(
         small = replace(net, program=quantised(net, target, ""))
         calls[f"{target} int8"] = _artifact(small, target, folder / "int8", threads)
     return calls
+
+
+def cast_candidates(
+    net: Network, folder: Path, threads: int
+) -> dict[str, Callable[[], object]]:
+    """Our float32 artifact first, then ours and others in bfloat16."""
+    program = Pipeline.parse(CAST).run(net.program, check_each=False).program
+    small = replace(net, program=program)
+    return {
+        "tvm float32": _artifact(net, "tvm", folder, threads),
+        "tvm bf16": _artifact(small, "tvm", folder / "bf16", threads),
+        "openvino default": _artifact(net, "openvino", folder, threads, strict=False),
+        "torch bf16": _eager(net, dtype=torch.bfloat16),
+    }
 
 
 # -- measuring ------------------------------------------------------------------------------------
@@ -167,19 +196,20 @@ def compare(name: str, arguments: argparse.Namespace) -> list[str]:
     return missed
 
 
-def compare_quantised(name: str, arguments: argparse.Namespace) -> list[str]:
-    """Print one network's rows in int8; whether ours gains too little."""
-    net = network(name, 8)
+def compare_narrow(name: str, arguments: argparse.Namespace) -> list[str]:
+    """Print one network's rows in int8 or bf16; whether ours gains too little."""
+    net, precision = network(name, 8), arguments.precision
+    made = quantised_candidates if precision == "int8" else cast_candidates
     with tempfile.TemporaryDirectory() as folder:
-        calls = quantised_candidates(net, Path(folder), arguments.threads)
+        calls = made(net, Path(folder), arguments.threads)
         found = measure(calls, repeats=arguments.rounds, budget_s=arguments.budget, warmup=3,
                         settle=2)  # fmt: skip
     print(f"{name}: batch 1, {arguments.threads} threads; ratios to our float32")
     for engine, taken in found.items():
         print(f"  {engine:<17} {taken.p50:8.2f} ms  {taken.speedup:5.2f}x  "
               f"({taken.rounds} rounds)", flush=True)  # fmt: skip
-    gain, least = found["tvm int8"].speedup, GAINS.get(name, 1.0)
-    return [f"{name}: int8 gains {gain:.2f}x, at least {least}x"] if gain < least else []
+    gain, least = found[f"tvm {precision}"].speedup, GAINS[precision].get(name, 1.0)
+    return [f"{name}: {precision} gains {gain:.2f}x, at least {least}x"] if gain < least else []
 
 
 def _row(engine: str, taken: Latency, work: float, highest: float) -> str:
@@ -193,15 +223,15 @@ def _row(engine: str, taken: Latency, work: float, highest: float) -> str:
 def main() -> None:
     """Print a table a network."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="*", default=list(NETWORKS), choices=NETWORKS)
+    parser.add_argument("--models", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--budget", type=float, default=20.0, help="seconds a network")
     parser.add_argument("--without", nargs="*", default=[], choices=("compile", "default"),
                         help="leave out torch.compile or TVM's own schedules")  # fmt: skip
-    parser.add_argument("--precision", default="float32", choices=["float32", "int8"])
+    parser.add_argument("--precision", default="float32", choices=["float32", *GAINS])
     arguments = parser.parse_args()
-    compared = compare_quantised if arguments.precision == "int8" else compare
+    compared = compare_narrow if arguments.precision in GAINS else compare
     missed = [line for name in arguments.models for line in compared(name, arguments)]
     for line in missed:
         print(f"missed: {line}")

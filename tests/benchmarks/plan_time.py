@@ -380,7 +380,7 @@ def every(limit: float, gigabytes: float) -> list[str]:
 def main() -> None:
     """Print a row a model, and what does not hold."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="*", default=[*COMPARED, "deep10000"])
+    parser.add_argument("--models", nargs="+", default=[*COMPARED, "deep10000"])
     parser.add_argument("--all", action="store_true", help="every torchvision model, ours alone")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each; default 5")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds a measurement")

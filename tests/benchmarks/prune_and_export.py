@@ -150,8 +150,8 @@ def lower(program: Program, target: str, *, int8: bool) -> tuple[bool, str]:
 def main() -> None:
     """Print a block a model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--targets", nargs="*", default=list(TARGETS))
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS))
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--size", type=int, default=224, help="of images")
     parser.add_argument("--int8", action="store_true", help="quantise before lowering")

@@ -139,7 +139,7 @@ def worst(runs: dict[str, PipelineResult]) -> float:
 def main() -> None:
     """Print a row a model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="*", help="default: all of torchvision's")
+    parser.add_argument("--models", nargs="+", help="default: all of torchvision's")
     parser.add_argument("--size", type=int, default=160, help="of the image; default 160")
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--quiet", action="store_true", help="no lines about parts")

@@ -233,7 +233,7 @@ def main() -> None:
     """Print the table and the remarks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="the folder of the model")
-    parser.add_argument("--criteria", nargs="*", default=list(CRITERIA), choices=list(CRITERIA))
+    parser.add_argument("--criteria", nargs="+", default=list(CRITERIA), choices=list(CRITERIA))
     arguments = parser.parse_args()
     model, tokens = load(arguments.data)
     program = apply(Canonicalize(), capture(model, (), {"input_ids": tokens[:2]})).program

@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=60.0, help="seconds a runtime")
     parser.add_argument("--threads", type=int, default=0, help="0 leaves it to the runtimes")
     parser.add_argument("--least", type=float, default=1.7, help="the speed-up to reach")
-    parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=TARGETS)
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
     arguments = parser.parse_args()
     pair = programs(arguments.model, arguments.size, arguments.ratio)
     before, after = map(cost, pair)

@@ -142,7 +142,7 @@ def ratio(model: Model, target: str, scales: Method, rounds: int) -> tuple[float
 def main() -> None:
     """Print a line a model."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", nargs="*", default=["resnet20", "resnet18"],
+    parser.add_argument("--models", nargs="+", default=["resnet20", "resnet18"],
                         choices=list(MODELS))  # fmt: skip
     parser.add_argument("--target", default="onnx")
     parser.add_argument("--scales", default="lsq", choices=["lsq", "lsq+", "pact", "fixed"])

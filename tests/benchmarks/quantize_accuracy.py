@@ -374,8 +374,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the folder with load.py")
     parser.add_argument("--nets", nargs="+", default=["resnet20", "resnet56"],
                         choices=["resnet20", "resnet32", "resnet44", "resnet56"])  # fmt: skip
-    parser.add_argument("--backends", nargs="*", default=list(BACKENDS), choices=BACKENDS)
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--images", type=int, default=IMAGES, help="test images, the first ones")
     parser.add_argument("--iterations", type=int, default=300, help="of learned rounding, W4A8")
     parser.add_argument("--few-bits-target", default="openvino", choices=BACKENDS)

@@ -143,8 +143,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768, help="features of a token")
     parser.add_argument("--vocabulary", type=int, default=50257)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--backends", nargs="*", default=BACKENDS[:3], choices=list(BACKENDS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--backends", nargs="+", default=BACKENDS[:3], choices=list(BACKENDS))
     arguments = parser.parse_args()
     program, data = gpt2(arguments)
     canonical = Pipeline.parse("canonicalize").run(program).program

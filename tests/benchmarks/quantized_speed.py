@@ -214,8 +214,8 @@ def _call(artifact: Artifact, net: Network, threads: int) -> Callable[[], object
 def main() -> None:
     """Print a line a network and runtime."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=TARGETS)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--budget", type=float, default=30.0, help="seconds a comparison")
     parser.add_argument("--threads", type=int, default=1, help="0 leaves it to the runtimes")

@@ -141,7 +141,7 @@ def measure(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float
 def main() -> None:
     """Print a line for each shape, or why there is none."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kernel", nargs="*", default=list(KERNELS), choices=KERNELS)
+    parser.add_argument("--kernel", nargs="+", default=list(KERNELS), choices=KERNELS)
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"])
     parser.add_argument("--rounds", type=int, default=30)
     arguments = parser.parse_args()

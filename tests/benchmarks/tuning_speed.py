@@ -62,7 +62,7 @@ def _line(record: dict[str, Any]) -> str:
 def main() -> None:
     """Print a block a network."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="*", default=list(MODELS[:2]),
+    parser.add_argument("--models", nargs="+", default=list(MODELS[:2]),
                         choices=("resnet50", *MODELS))  # fmt: skip
     parser.add_argument("--tune", type=float, default=60.0, help="seconds a network")
     parser.add_argument("--threads", type=int, default=2)
