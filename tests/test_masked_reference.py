@@ -232,6 +232,38 @@ def test_a_dead_hidden_unit_is_zero_at_every_step(kind, gates):
     assert torch.allclose(result, expected, rtol=1e-12, atol=1e-12)
 
 
+class Step(nn.Module):
+    """One step of a cell."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.layer = kind(4, 6)
+
+    def forward(self, x):
+        states = self.layer(x)
+        states = states if isinstance(states, tuple) else (states,)
+        return sum(state.square().sum(-1) for state in states)
+
+
+@pytest.mark.parametrize(
+    ("kind", "gates"), [(nn.LSTMCell, 4), (nn.GRUCell, 3), (nn.RNNCell, 1)]
+)
+def test_a_dead_hidden_unit_is_zero_after_a_step(kind, gates):
+    torch.manual_seed(0)
+    module, x = Step(kind), inputs(5, 4)
+    rows = tuple(gate * 6 + index for gate in range(gates) for index in GONE)
+    removed = {f"layer.{name}": {0: rows} for name, _ in module.layer.named_parameters()}
+    removed["layer.weight_hh"] = {0: rows, 1: GONE}
+    result = reference(module, x, removed)
+    small = Step(lambda *_: kind(4, 3).double())
+    with torch.no_grad():
+        for name, tensor in module.layer.named_parameters():
+            rest = cut_rows(tensor, gates)
+            rest = rest[:, KEPT] if name == "weight_hh" else rest
+            getattr(small.layer, name).copy_(rest.reshape(getattr(small.layer, name).shape))
+    assert torch.allclose(result, small(x), rtol=1e-12, atol=1e-12)
+
+
 def test_a_unit_dead_in_some_of_its_gates_is_refused():
     with pytest.raises(UnsupportedError, match="mixes dead elements with alive ones"):
         reference(Recurrence(nn.LSTM), inputs(2, 5, 4), {"layer.weight_ih_l0": {0: (1,)}})
@@ -356,6 +388,7 @@ def test_an_output_that_would_be_dead_in_part_is_refused():
     ("operator", "message"),
     [
         (lambda y: torch.linalg.matrix_exp(y.unsqueeze(1) * y.unsqueeze(2)), "is not defined"),
+        (lambda y: sum(y.max(-1)), "mixes dead elements with alive ones"),
         (lambda y: y.argmax(-1), "mixes dead elements with alive ones"),
         (lambda y: y.sort(-1)[0], "mixes dead elements with alive ones"),
         (lambda y: F.avg_pool1d(y.unsqueeze(1), 2), "mixes dead elements with alive ones"),

@@ -1,4 +1,4 @@
-"""Rules of einsum, bilinear, outer: letters are dimensions; what is summed away is contracted."""
+"""Rules of einsum, bilinear and outer: letters are dimensions, those summed are contracted."""
 
 from __future__ import annotations
 

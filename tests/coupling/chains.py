@@ -251,17 +251,20 @@ LAYERS: dict[str, Recipe] = {
             },
             "tokens": {
                 "linear": "linear", "scaled_dot_product_attention": "attention-split",
-                "layer_norm": "layer-norm", "rms_norm": "rms-norm",
+                "layer_norm": "layer-norm", "rms_norm": "rms-norm", "bilinear": "bilinear",
             },
             "lines": {
                 "conv1d": "conv", "conv_transpose1d": "transposed", "lstm": "lstm", "gru": "gru",
-                "rnn_tanh": "rnn", "rnn_relu": "rnn-relu",
+                "rnn_tanh": "rnn", "rnn_relu": "rnn-relu", "lstm_cell": "lstm-cell",
+                "gru_cell": "gru-cell", "rnn_tanh_cell": "rnn-cell",
+                "rnn_relu_cell": "rnn-relu-cell",
             },
             "volumes": {"conv3d": "conv", "conv_transpose3d": "transposed"},
         }.items()
         for operator, name in operators.items()
     },
     "aten::embedding": Recipe(kind="tokens", layers=("linear",), entry="ids", ending="places"),
+    "transformers::grouped_mm_fallback": single("tokens", "grouped-experts"),
     "pruna::fake_quant": single("images", "fake-quantised"),
 }  # fmt: skip
 """Operator name to a recipe whose layer calls it."""

@@ -216,7 +216,7 @@ def _channel_statistics(x: Tensor) -> Tensor:
     y = y + x.amax(1, keepdim=True) - x.amin(1, keepdim=True)
     y = y + x.max(1, keepdim=True)[0] - x.min(1)[0].unsqueeze(1) + x.max() * x.min()
     y = y + x.logsumexp(1, keepdim=True) + torch.tanh(x).prod(1, keepdim=True)
-    y = y + (x > 1).any(1, keepdim=True) - (x > -1).all(1, keepdim=True)
+    y = y + (x > 1).any(1, keepdim=True) + (x > -1).all(1, keepdim=True)
     y = y + torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return x * torch.sigmoid(0.1 * (y + x.sum((1, 2, 3), keepdim=True) / 50))
 

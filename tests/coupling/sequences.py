@@ -38,6 +38,35 @@ class LastState(nn.Module):
         return x + self.out(hidden[-1] + cell[-1]).unsqueeze(-1)
 
 
+class Cells(nn.Module):
+    """Four steps of a cell over the places, from states made like the input."""
+
+    def __init__(self, width: int, kind: type[nn.RNNCellBase], **options: object) -> None:
+        super().__init__()
+        self.cell = kind(width, 5, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x.new_zeros(x.shape[0], 5)
+        states = (state, state) if isinstance(self.cell, nn.LSTMCell) else state
+        steps = []
+        for place in range(4):
+            states = self.cell(x[:, :, place], states)
+            steps.append(states[0] * states[1] if isinstance(states, tuple) else states)
+        return torch.stack(steps, 2).repeat_interleave(3, 2)
+
+
+class StartedRecurrent(nn.Module):
+    """A two-layer GRU from states that a linear layer gives both layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.start, self.layer = nn.Linear(width, 10), nn.GRU(width, 5, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = self.start(x.mean(2)).view(-1, 2, 5).transpose(0, 1).contiguous()
+        return self.layer(x.transpose(1, 2), states)[0].transpose(1, 2)
+
+
 class GatedDilated(nn.Module):
     """WaveNet: tanh times sigmoid of dilated convolutions, and the residual."""
 
@@ -153,6 +182,11 @@ LINES: dict[str, Layer] = {
     "gru-plain": lambda w: Recurrent(w, nn.GRU, bias=False),
     "rnn": lambda w: Recurrent(w, nn.RNN),
     "rnn-relu": lambda w: Recurrent(w, nn.RNN, nonlinearity="relu"),
+    "lstm-cell": lambda w: Cells(w, nn.LSTMCell),
+    "gru-cell": lambda w: Cells(w, nn.GRUCell, bias=False),
+    "rnn-cell": lambda w: Cells(w, nn.RNNCell),
+    "rnn-relu-cell": lambda w: Cells(w, nn.RNNCell, nonlinearity="relu"),
+    "gru-started": StartedRecurrent,
     "gated-dilated": GatedDilated,
     "snake": Snake,
     "conformer": Conformer,

@@ -26,9 +26,9 @@ STAYS = {
     "tokens/attention-qk-layer-norm": "heads go, the size of a head stays",
     "tokens/attention-qk-rms-norm": "heads go, the size of a head stays",
     "tokens/experts": "a score an expert",
+    "tokens/grouped-experts": "a score an expert",
     "tokens/token-mixer": "the bias of one output",
     "tokens/distances": "no rule for cdist",
-    "tokens/bilinear": "no rule for bilinear",
 }
 """Layers with parameters that lose nothing, and why."""
 

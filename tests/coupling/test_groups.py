@@ -211,6 +211,46 @@ def test_a_rule_of_ones_own_unfreezes_it(monkeypatch):
     assert "a.weight[0]" in described(couple(capture(Opaque(), (torch.randn(2, 3),))))
 
 
+class Memory(nn.Module):
+    """One step of a convolutional GRU without a reset, from a state of zeros like the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.head = nn.Conv2d(3 + 6, 12, 3, padding=1), nn.Linear(6, 2)
+
+    def forward(self, x):
+        state = x.new_zeros(x.shape[0], 6, *x.shape[2:])
+        for _ in range(2):
+            gate, new = self.gate(torch.cat([x, state], 1)).chunk(2, 1)
+            state = state + torch.sigmoid(gate) * (torch.tanh(new) - state)
+        return self.head(state.mean((2, 3)))
+
+
+def test_a_state_made_like_the_input_follows_its_channels():
+    found = described(coupled(Memory(), 2, 3, 6, 6))
+    assert found["gate.weight[0]"][0] == 6
+    assert found["gate.weight[0]"][1]["head.weight[1]"] == 1
+
+
+class Strongest(nn.Module):
+    """The largest channel at each place, and where asked for, which one it is."""
+
+    def __init__(self, places):
+        super().__init__()
+        self.conv, self.places = nn.Conv2d(3, 8, 1), places
+
+    def forward(self, x):
+        value, place = self.conv(x).max(1)
+        return value + place if self.places else value
+
+
+def test_a_maximum_over_channels_keeps_them_only_where_its_place_is_read():
+    assert described(coupled(Strongest(places=False), 2, 3, 6, 6))
+    assert "is computed along them" in reasons(coupled(Strongest(places=True), 2, 3, 6, 6))[
+        "conv.weight[0]"
+    ]
+
+
 def test_in_place_operators_are_refused():
     module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True))
     with pytest.raises(InvalidIRError, match="run canonicalize before pruning"):

@@ -224,6 +224,28 @@ class Experts(nn.Module):
         return x + torch.einsum("bseh,ehc,bse->bsc", inner, self.down, weights)
 
 
+class GroupedExperts(nn.Module):
+    """Experts on rows that are sorted by expert, as transformers calls them (Mixtral)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        from transformers.integrations import moe  # noqa: F401
+
+        self.route = nn.Linear(width, 3)
+        self.up = nn.Parameter(torch.randn(3, width, 5) / 3)
+        self.down = nn.Parameter(torch.randn(3, 5, width) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        share, chosen = self.route(rows).softmax(-1).max(-1)
+        chosen, order = chosen.sort()
+        ends = (chosen[:, None] <= torch.arange(3)).sum(0)
+        product = torch.ops.transformers.grouped_mm_fallback
+        inner = F.gelu(product(rows[order], self.up, ends))
+        result = product(inner, self.down, ends)[order.argsort()]
+        return (result * share[:, None]).view(x.shape)
+
+
 class Conv1D(nn.Module):
     """A linear layer as addmm with [in, out] weights on flattened tokens (GPT-2)."""
 
@@ -362,6 +384,7 @@ TOKENS: dict[str, Layer] = {
     "ffn": FeedForward,
     "ffn-tied": TiedFeedForward,
     "experts": Experts,
+    "grouped-experts": GroupedExperts,
     "conv1d": Conv1D,
     "class-token": ClassToken,
     "positions": ResizedPositions,
