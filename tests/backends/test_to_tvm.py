@@ -58,7 +58,7 @@ def test_another_programs_artifact_is_told_apart(tmp_path: Path) -> None:
 def test_quantised_weights_are_stored_as_int8_and_the_audit_tells_what_multiplies(
     tmp_path: Path,
 ) -> None:
-    """Convolutions multiply bytes where the processor can."""
+    """Layers multiply bytes where the processor can."""
     made = program(SmallCnn, int8=True)
     lowered(made, tmp_path)
     with np.load(tmp_path / PARAMETERS) as stored:
@@ -72,7 +72,7 @@ def test_quantised_weights_are_stored_as_int8_and_the_audit_tells_what_multiplie
         ("conv", precision),
         ("conv", precision),
         ("conv", precision),
-        ("linear", "float32"),
+        ("linear", precision),
     ]
 
 
