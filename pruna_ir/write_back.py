@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -32,6 +33,11 @@ from pruna_ir.program import Program
 from pruna_ir.stimuli import stimuli
 
 _SHOWN = 5
+_IN_THE_CODE = re.compile(r"(.*\.)?lifted_tensor_\d+")
+"""torch.export's names of constants that stand in ``forward``, as ``x[0] = 1`` has in torch 2.14.
+
+The class holds them itself; where a pass changed one, the module computes something else.
+"""
 
 
 def write_back(
@@ -70,7 +76,8 @@ def write_back(
 
 
 def _put(program: Program, module: nn.Module) -> None:
-    tensors = program.tensors()
+    held = program.tensors()
+    tensors = {name: held[name] for name in held if not _IN_THE_CODE.fullmatch(name)}
     homeless = [name for name in tensors if not _has_place(module, name)]
     if homeless:
         raise PassError(
