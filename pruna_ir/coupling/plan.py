@@ -104,6 +104,9 @@ class RemovalPlan:
     def then(self, other: RemovalPlan, shapes: Shapes | None = None) -> RemovalPlan:
         """One plan that removes what this one and then ``other`` remove.
 
+        Where this one leaves groups of a group norm with one channel each, ``other`` may remove
+        whole groups; no single plan for the original program can, and applying it is refused.
+
         Args:
             other: a plan for the program that this plan leaves, numbered as there.
             shapes: the tensors' shapes before this plan; needed where the plan has none.
