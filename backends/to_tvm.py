@@ -145,10 +145,8 @@ class ToTvm:
         if self.device == "cuda":
             missing = tvm_gpu.compiler_missing()
             told += (missing,) if missing else ()
-        elif _is_quantised(program) and not tvm_build.has_dots(target):
-            told += (_FLOATS.format(cpu=target.attrs["mcpu"]),)
-        elif multiplies_bfloat16(program) and not tvm_build.has_dots(target, BFLOAT16):
-            told += (_WIDE.format(cpu=target.attrs["mcpu"]),)
+        else:
+            told += _without_dots(program, target)
         for text in told:
             warnings.warn(text, RuntimeWarning, stacklevel=2)
         own = tvm_build.SCHEDULES if self.device == "cpu" else tvm_gpu.SCHEDULES
@@ -211,6 +209,16 @@ class ToTvm:
 
 def _is_quantised(program: Program) -> bool:
     return any(node.target is fake_quant_op() for node in program.calls())
+
+
+def _without_dots(program: Program, target: Any) -> tuple[str, ...]:
+    """A line for each narrow type of a program that the processor cannot multiply."""
+    cpu, lines = target.attrs["mcpu"], []
+    if _is_quantised(program) and not tvm_build.has_dots(target):
+        lines.append(_FLOATS.format(cpu=cpu))
+    if multiplies_bfloat16(program) and not tvm_build.has_dots(target, BFLOAT16):
+        lines.append(_WIDE.format(cpu=cpu))
+    return tuple(lines)
 
 
 def _without_schedules(functions: Mapping[str, str], target: str) -> tuple[str, ...]:
