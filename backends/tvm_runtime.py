@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sys
 import time
 import zipfile
@@ -114,6 +115,16 @@ def check_inputs(
                 raise UsageError(f"{actual}: dimension {size} is outside [{low}, {high}]")
 
 
+def leave_threads_free() -> None:
+    """Have TVM bind no thread to a core, unless the environment asks for it.
+
+    TVM's pool otherwise binds the thread that first calls it to one core, for good; threads that
+    this one starts later inherit that, torch's among them, and processes side by side all
+    choose the same core. Too late where the pool runs already.
+    """
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
+
+
 def load_tvm(folder: Path, threads: int = 0) -> TvmRunner:
     """Load an artifact.
 
@@ -127,6 +138,7 @@ def load_tvm(folder: Path, threads: int = 0) -> TvmRunner:
     """
     description = _describe(folder)
     _check_processor(folder, description)
+    leave_threads_free()
     try:
         import tvm
         from tvm.runtime.vm import VirtualMachine

@@ -51,9 +51,10 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def alone(packages: Path, *command: str) -> subprocess.CompletedProcess[str]:
+def alone(packages: Path, *command: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """Python with the standard library and `packages`, without site-packages."""
     environment = {
+        **settings,
         "PATH": os.environ["PATH"],
         "PYTHONPATH": str(packages),
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -89,6 +90,35 @@ def test_an_artifact_runs_without_torch(made: Program, artifact: Path, packages:
         expected = made(x)[0].numpy()
     with np.load(result) as stored:
         np.testing.assert_allclose(stored[name], expected, rtol=0, atol=2e-6)
+
+
+BOUND = """
+import os, sys
+import numpy as np
+sys.path.insert(0, sys.argv[1])
+from load import load_tvm
+from pathlib import Path
+before = os.sched_getaffinity(0)
+runner = load_tvm(Path(sys.argv[1]), threads=2)
+for _ in range(3):
+    runner.run([np.zeros((3, 3, 17, 15), np.float32)])
+print("same" if os.sched_getaffinity(0) == before else "bound")
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or (os.cpu_count() or 1) < 2,
+    reason="needs a system that binds threads, and two cores",
+)
+@pytest.mark.parametrize(
+    ("settings", "expected"), [({}, "same"), ({"TVM_BIND_THREADS": "1"}, "bound")]
+)
+def test_no_thread_is_bound_to_a_core(
+    settings: dict[str, str], expected: str, artifact: Path, packages: Path
+) -> None:
+    """The second is the control: so does TVM when it is asked."""
+    done = alone(packages, "-c", BOUND, str(artifact), **settings)
+    assert done.stdout == f"{expected}\n", done.stderr
 
 
 def test_errors_come_as_messages_and_exit_codes(artifact: Path, packages: Path,
