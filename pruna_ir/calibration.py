@@ -35,7 +35,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 import torch
 from torch import fx
 
-from pruna_ir.bin_counts import bin_counts, flattened
+from pruna_ir.bin_counts import count_bins, flattened
 from pruna_ir.data import DataSource
 from pruna_ir.divergence import halved, least_divergence, running_sums
 from pruna_ir.errors import PassError, UsageError
@@ -160,9 +160,7 @@ class Histogram:
     def take(self, x: torch.Tensor, least: float, most: float) -> None:
         """`update`, for a tensor whose smallest and largest value are known already."""
         self._cover(min(self.low, least), max(self.high, most))
-        found = bin_counts(x, self.exponent, self.first, len(self.counts), signed=least < 0)
-        self.counts += found.counts
-        self.zeros += found.zeros
+        self.zeros += count_bins(x, self.counts, self.first, self.exponent, signed=least < 0)
 
     def merge(self, other: Histogram) -> None:
         """Take in everything that another histogram has taken in."""
@@ -182,6 +180,8 @@ class Histogram:
 
     def _cover(self, low: float, high: float) -> None:
         """Widen the bins until ``[low, high]`` and 0 fit, and give each of them a bin."""
+        if (low, high) == (self.low, self.high) and len(self.counts):
+            return
         self.low, self.high = low, high
         exponent = self.exponent
         while _last(high, exponent) - _first(low, exponent) >= self.bins:
