@@ -1,6 +1,7 @@
 """Who may import whom, read from the source; planted violations prove that each rule bites.
 
-    errors < tensor_cache < spec < program < call < propagate < printer < transform   (FOUNDATION)
+    errors < tensor_cache < spec < program < call < propagate < printer < rewrite < transform
+                                                                                   (FOUNDATION)
     the rest of pruna_ir: free of circles; never imports a pass, backend or kernel but by name
     pipeline and what drives it: above everything but the command line
     passes   -> pruna_ir, kernels      (a pass may use a library of passes/, never another pass)
@@ -26,7 +27,7 @@ from tests.wheels import FOLDERS, ROOT, run
 
 FOUNDATION = (
     "errors", "collector", "tensor_cache", "lazy_module", "spec", "program", "call", "propagate",
-    "printer", "transform",
+    "printer", "context", "statements", "dead_nodes", "rewrite", "transform",
 )  # fmt: skip
 """Each imports only those before it."""
 DRIVERS = ("pipeline", "instruments", "bisect", "reproducer", "presets", "cli", "__main__")
