@@ -105,7 +105,7 @@ def epilogue(y: torch.Tensor, residual: torch.Tensor, activation: str, where: st
 SIDE = st.integers(1, 3)
 
 
-@settings(max_examples=60)
+@settings(max_examples=36)
 @given(
     groups=st.sampled_from([1, 1, 2, 3]), inner=st.integers(1, 6), outer=st.integers(1, 6),
     depthwise=st.booleans(), kernel=st.tuples(SIDE, SIDE), stride=st.tuples(SIDE, SIDE),
@@ -131,7 +131,7 @@ def test_convolutions_of_any_shape(
     assert all("plain" not in detail for detail in layers_of(packed))
 
 
-@settings(max_examples=40)
+@settings(max_examples=24)
 @given(
     inner=st.integers(1, 33), outer=st.integers(1, 33), rows=st.sampled_from([(), (1,), (3, 2)]),
     bias=st.booleans(), activation=st.sampled_from(sorted(ACTIVATIONS)),

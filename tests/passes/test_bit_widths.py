@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,12 @@ aten = torch.ops.aten
 widths = st.builds(Width, st.integers(2, 8), st.integers(2, 8)).map(str) | st.just("float")
 globs = st.from_regex(r"[a-z*][a-z0-9_.*:]{0,9}", fullmatch=True)
 entries = st.one_of(widths, st.tuples(globs, widths).map(":".join))
+
+
+@cache
+def net() -> Program:
+    """The captured `Net`."""
+    return captured(Net(), 3, 15, 15)
 
 
 def bits_of(program: Program) -> dict[str, str]:
@@ -82,7 +89,7 @@ def test_malformed_entries_are_refused_when_the_pass_is_made(entry: str, message
 
 
 def test_an_unknown_layer_is_refused_before_any_work() -> None:
-    program = captured(Net(), 3, 15, 15)
+    program = net()
     pass_ = InsertFakeQuant(target="onnx", bits=("block.conv3:w4a4",))
     with pytest.raises(UsageError, match=r"bits: unknown layer 'block\.conv3'; did you mean 'bl"):
         apply(pass_, program, Context(data=data(3, 15, 15)))
@@ -94,7 +101,7 @@ def test_an_unknown_layer_is_refused_before_any_work() -> None:
 
 
 def rule_names(bits: list[str], ends: str = "") -> list[str]:
-    program = captured(Net(), 3, 15, 15)
+    program = net()
     layers = layers_of(program)
     rules = WidthRules.parse(bits, ends)
     marked = end_layers(layers) if ends else set()
@@ -144,7 +151,7 @@ def test_ends_are_found_by_data_flow() -> None:
 
 def test_layers_get_their_bits_and_remarks_say_so() -> None:
     result = quantised(
-        captured(Net(), 3, 15, 15), data(3, 15, 15), bits=("w4a4", "block.conv2:w3a5"), ends="w8a8"
+        net(), data(3, 15, 15), bits=("w4a4", "block.conv2:w3a5"), ends="w8a8"
     )
     wanted = ["w8a8", "w4a4", "w3a5", "w8a8"]
     assert list(bits_of(result.program).values()) == wanted
@@ -153,7 +160,7 @@ def test_layers_get_their_bits_and_remarks_say_so() -> None:
 
 
 def test_a_tensor_is_quantised_once_for_each_width_of_its_readers() -> None:
-    program = quantised(captured(Net(), 3, 15, 15), data(3, 15, 15), bits=("block:w4a4",)).program
+    program = quantised(net(), data(3, 15, 15), bits=("block:w4a4",)).program
     (pool,) = program.calls(aten.max_pool2d.default)
     grids = {Call(program, user).number("qmax") for user in pool.users}
     # The block's first convolution reads 4 bits; the residual add keeps the target's 8.
@@ -163,7 +170,7 @@ def test_a_tensor_is_quantised_once_for_each_width_of_its_readers() -> None:
 
 
 def test_a_float_layer_has_no_fake_quant_and_a_remark() -> None:
-    result = quantised(captured(Net(), 3, 15, 15), data(3, 15, 15), bits=("w4a8", "head:float"))
+    result = quantised(net(), data(3, 15, 15), bits=("w4a8", "head:float"))
     (linear,) = result.program.calls(aten.linear.default)
     assert not any(is_quantised(source) for source in linear.all_input_nodes)
     assert [r.message for r in result.remarks if r.kind == "missed"] == [
@@ -172,7 +179,7 @@ def test_a_float_layer_has_no_fake_quant_and_a_remark() -> None:
 
 
 def test_layers_are_excluded_by_operator() -> None:
-    result = quantised(captured(Net(), 3, 15, 15), data(3, 15, 15), exclude=("aten.conv*",))
+    result = quantised(net(), data(3, 15, 15), exclude=("aten.conv*",))
     weights = [row.operator for row in describe(result.program) if row.operand == "weight"]
     assert weights == ["aten.linear"]
 
@@ -180,7 +187,7 @@ def test_layers_are_excluded_by_operator() -> None:
 @pytest.mark.parametrize("target", ["onnx", "openvino", "tensorrt", "tvm"])
 @pytest.mark.parametrize("bits", ["w2a2", "w3a7", "w4a4"])
 def test_every_scheme_takes_narrow_grids(target: str, bits: str) -> None:
-    program = captured(Net(), 3, 15, 15)
+    program = net()
     context = Context(data=data(3, 15, 15), target=target)
     pass_ = InsertFakeQuant(bits=(bits,), weights="mse")
     result = apply(pass_, program, context)
@@ -205,7 +212,7 @@ def test_the_budget_falls_by_six_db_for_each_missing_bit() -> None:
 
 
 def test_one_scale_for_each_weight() -> None:
-    before = captured(Net(), 3, 15, 15)
+    before = net()
     program = quantised(before, data(3, 15, 15), granularity="tensor").program
     for node in program.calls():
         if node.target in KINDS:
@@ -217,7 +224,7 @@ def test_one_scale_for_each_weight() -> None:
 
 
 def test_activations_are_symmetric_where_asked_for() -> None:
-    program = captured(Net(), 3, 15, 15)
+    program = net()
     result = quantised(program, data(3, 15, 15), activations="symmetric", bits=("w8a4",))
     rows = [row for row in describe(result.program) if row.operand == "input"]
     assert {row.grid for row in rows} == {"s4[-8, 7]"}
@@ -229,7 +236,7 @@ def test_activations_are_symmetric_where_asked_for() -> None:
 def test_tensorrt_takes_no_zero_points() -> None:
     with pytest.raises(UsageError, match=r"'tensorrt' takes zero points of 0 only; leave the opt"):
         quantised(
-            captured(Net(), 3, 15, 15), data(3, 15, 15), target="tensorrt",
+            net(), data(3, 15, 15), target="tensorrt",
             activations="asymmetric",
         )  # fmt: skip
 
@@ -240,6 +247,6 @@ def test_narrow_grids_are_lowered_right(target: str, bits: str, tmp_path: Path) 
     """Both store integers of 8 bits: what lies beyond the narrow grid must be cut before."""
     context = Context(data=data(3, 15, 15), target=target)
     pass_ = InsertFakeQuant(bits=(bits,), weights="mse", ranges="percentile", percentile=99.0)
-    program = apply(pass_, captured(Net(), 3, 15, 15), context).program
+    program = apply(pass_, net(), context).program
     artifact = build(program, target, tmp_path / target, context)
     assert artifact.certificate.verdict is Verdict.PASSED, artifact.certificate.summary()

@@ -31,7 +31,7 @@ from tests.networks import ConvNet, seeded
 PHASES = [Phase.explicit, Phase.reuse, Phase.generate]
 
 
-@settings(max_examples=25, phases=PHASES, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, phases=PHASES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(networks, st.sampled_from([0.0, 0.3, 0.7]), st.integers(0, 9))
 def test_the_cost_after_removal_is_that_of_the_pruned_program(network, share, seed):
     program = program_of(network)

@@ -392,7 +392,7 @@ def gpt2():
 MODELS = {
     "resnet50": (tv("resnet50"), 0.3),
     "vgg16_bn": (vgg16_bn, 0.35),
-    "densenet121": (tv("densenet121"), 0.35),
+    "densenet": (tv("DenseNet", block_config=(3, 6, 9, 6)), 0.35),
     "mobilenet_v2": (tv("mobilenet_v2"), 0.4),
     "mobilenet_v3_large": (tv("mobilenet_v3_large"), 0.4),
     "efficientnet_b0": (tv("efficientnet_b0"), 0.4),
