@@ -84,17 +84,31 @@ def attention_reference(
     The one place where attention is spelt out: passes and backends inline it.
     """
     key, value = _repeated(query, key, value)
+    seen = causal_mask(query, size_of(query, -2), size_of(key, -2)) if causal else None
+    return attend(query, key, value, mask, seen, scale)
+
+
+def attend(query: Any, key: Any, value: Any, mask: Any, seen: Any, scale: float) -> Any:
+    """Attention with a head of keys for every head of queries, as products and a softmax.
+
+    Args:
+        query: [..., heads, queries, size].
+        key: [..., heads, keys, size].
+        value: [..., heads, keys, out].
+        mask: as in `attention`; not beside ``seen``.
+        seen: [queries, keys], of which every row has a true: what a query sees; or None.
+        scale: what the products are multiplied by.
+    """
     scores = _aten.mul.Tensor(
         _aten.matmul.default(query, _aten.transpose.int(key, -2, -1)), float(scale)
     )
-    if causal:
-        mask = _causal_mask(query, key)
-        scores = _aten.masked_fill.Scalar(scores, _aten.logical_not.default(mask), -math.inf)
-    if mask is None or causal:
+    if seen is not None:
+        scores = _aten.masked_fill.Scalar(scores, _aten.logical_not.default(seen), -math.inf)
+    if mask is None:
         return _aten.matmul.default(_aten.softmax.int(scores, -1), value)
     # A row that is hidden wholly is shown for the softmax, whose value and gradient would be NaN,
     # and its result is zeroed; masks are small beside the scores.
-    if _value(mask).dtype is torch.bool:
+    if value_of(mask).dtype is torch.bool:
         hidden = _aten.logical_not.default(_aten.any.dim(mask, -1, keepdim=True))
         hides = _aten.logical_not.default(_aten.logical_or.default(mask, hidden))
         scores = _aten.masked_fill.Scalar(scores, hides, -math.inf)
@@ -113,14 +127,14 @@ def attention_decomposition(
     return _SDPA(query, key, value, mask, is_causal=causal, scale=float(scale))
 
 
-def _value(tensor: Any) -> torch.Tensor:
+def value_of(tensor: Any) -> torch.Tensor:
     """A tensor, or the fake one of a proxy's node."""
     return tensor.node.meta["val"] if hasattr(tensor, "node") else tensor  # type: ignore[no-any-return]
 
 
 def _groups(query: Any, key: Any) -> int:
     """How many heads of queries share a head of keys."""
-    ours, theirs = _value(query).shape, _value(key).shape
+    ours, theirs = value_of(query).shape, value_of(key).shape
     if len(ours) < 3:
         return 1
     torch._check(
@@ -133,24 +147,26 @@ def _groups(query: Any, key: Any) -> int:
 def _repeated(query: Any, key: Any, value: Any) -> tuple[Any, Any]:
     """Key and value with a head of their own for every head of queries."""
     groups = _groups(query, key)
-    return (key, value) if groups == 1 else (_repeat(key, groups), _repeat(value, groups))
+    rank = len(value_of(query).shape)
+    return repeat_heads(key, groups, rank), repeat_heads(value, groups, rank)
 
 
-def _repeat(tensor: Any, groups: int) -> Any:
-    sizes = [-1] * (len(_value(tensor).shape) + 1)
+def repeat_heads(tensor: Any, groups: int, rank: int) -> Any:
+    """[..., heads, n, size] of this rank with every head ``groups`` times in a row."""
+    if groups == 1:
+        return tensor
+    sizes = [-1] * (rank + 1)
     sizes[-3] = groups
     expanded = _aten.expand.default(_aten.unsqueeze.default(tensor, -3), sizes)
     return _aten.flatten.using_ints(expanded, -4, -3)
 
 
-def _causal_mask(query: Any, key: Any) -> Any:
-    """[queries, keys], true where a query may see a key."""
-    sizes = [_size(tensor, -2) for tensor in (query, key)]
-    ones = _aten.new_ones.default(query, sizes, dtype=torch.bool)
-    return _aten.tril.default(ones)
+def causal_mask(like: Any, queries: Any, keys: Any) -> Any:
+    """[queries, keys], true where a query may see a key, on the device of a tensor."""
+    return _aten.tril.default(_aten.new_ones.default(like, [queries, keys], dtype=torch.bool))
 
 
-def _size(tensor: Any, axis: int) -> Any:
+def size_of(tensor: Any, axis: int) -> Any:
     """A known size as a number, another as what computes it."""
     if isinstance(tensor, torch.Tensor):
         return tensor.shape[axis]
@@ -186,19 +202,23 @@ def _check(
     )
     _groups(query, key)
     if mask is not None:
-        _check_mask(query, key, mask)
+        check_mask("attention", mask, [*query.shape[:-1], key.shape[-2]], query.dtype)
 
 
-def _check_mask(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor) -> None:
+def check_mask(operator: str, mask: torch.Tensor, scores: list[int], dtype: torch.dtype) -> None:
+    """Refuse a mask that does not fit scores of these sizes.
+
+    Raises:
+        RuntimeError: it is neither bool nor of ``dtype``, or does not broadcast.
+    """
     torch._check(
-        mask.dtype in (torch.bool, query.dtype),
-        lambda: f"attention: the mask is {mask.dtype}, neither bool nor {query.dtype}",
+        mask.dtype in (torch.bool, dtype),
+        lambda: f"{operator}: the mask is {mask.dtype}, neither bool nor {dtype}",
     )
-    scores = [*query.shape[:-1], key.shape[-2]]
     torch._check(
         mask.dim() <= len(scores)
         and all(m in (1, s) for m, s in zip(reversed(mask.shape), reversed(scores), strict=False)),
-        lambda: f"attention: the mask is {list(mask.shape)}, the scores are {scores}",
+        lambda: f"{operator}: the mask is {list(mask.shape)}, the scores are {scores}",
     )
 
 

@@ -32,6 +32,7 @@ from pruna_ir.passes.ffn_patterns import (
     dense,
     part_of,
 )
+from pruna_ir.passes.weight_copies import copied
 from pruna_ir.program import dtype_of
 from pruna_ir.propagate import same_value
 from pruna_ir.transform import Effect, Pass, Rewrite
@@ -251,20 +252,8 @@ def _stored(
     weight = rw.program.tensor(str(layer.weight.target)).detach()
     rows = slice(*layer.part) if layer.part is not None else slice(None)
     weight = (weight.t() if layer.transposed else weight)[rows]
-    new = _copied(rw, layer.weight, weight, kind, before)
+    new = copied(rw, [layer.weight], weight, kind, before)
     if layer.bias is None or layer.part is None:
         return new, layer.bias
     bias = rw.program.tensor(str(layer.bias.target)).detach()[rows]
-    return new, _copied(rw, layer.bias, bias, kind, before)
-
-
-def _copied(
-    rw: Rewrite, source: fx.Node, value: torch.Tensor, kind: str, before: fx.Node
-) -> fx.Node:
-    """A node for a value of a parameter's, under a name of its own; a parameter again."""
-    name = str(source.target)
-    stored = rw.program.tensor(name)
-    value = value.clone(memory_format=torch.contiguous_format)
-    if isinstance(stored, torch.nn.Parameter):
-        value = torch.nn.Parameter(value, requires_grad=stored.requires_grad)
-    return rw.constant(value, f"{name}_{kind}", before=before)
+    return new, copied(rw, [layer.bias], bias, kind, before)

@@ -21,6 +21,7 @@ from torch import fx
 import pruna_ir.kernels.pooled_linear
 from pruna_ir.call import bind_arguments
 from pruna_ir.passes.layer_activations import Applied, activation_behind
+from pruna_ir.passes.weight_copies import copied
 from pruna_ir.program import dtype_of
 from pruna_ir.transform import Effect, Pass, Rewrite
 
@@ -233,9 +234,5 @@ def _weight(rw: Rewrite, head: _Head, before: fx.Node) -> fx.Node:
     """The layer's weight as [out, in]."""
     if not head.transposed:
         return head.weight
-    name = str(head.weight.target)
-    stored = rw.program.tensor(name)
-    turned = stored.detach().t().contiguous()
-    if isinstance(stored, torch.nn.Parameter):
-        turned = torch.nn.Parameter(turned, requires_grad=stored.requires_grad)
-    return rw.constant(turned, f"{name}_transposed", before=before)
+    turned = rw.program.tensor(str(head.weight.target)).t()
+    return copied(rw, [head.weight], turned, "transposed", before)
