@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
+import pruna_ir.kernels.attention_block
 import pruna_ir.kernels.conv_act
 import pruna_ir.kernels.ffn
 import pruna_ir.kernels.pooled_linear
@@ -42,8 +43,8 @@ from pruna_ir.transform import COMPUTES, is_pure
 aten = torch.ops.aten
 
 _SPELT_OUT = (
-    pruna_ir.kernels.conv_act.KERNEL.op, pruna_ir.kernels.ffn.KERNEL.op,
-    pruna_ir.kernels.pooled_linear.KERNEL.op,
+    pruna_ir.kernels.attention_block.KERNEL.op, pruna_ir.kernels.conv_act.KERNEL.op,
+    pruna_ir.kernels.ffn.KERNEL.op, pruna_ir.kernels.pooled_linear.KERNEL.op,
 )  # fmt: skip
 """The fused operators whose layers run faster packed one by one."""
 

@@ -11,11 +11,10 @@ The fast path is torch's fused attention, which never stores the scores; it read
 place, where models repeat them in memory. On a CPU it gains with length and with masks (at 1024
 tokens a third of the formula's time); for some hundred tokens without a mask it is at par.
 
-Projections are no part of the operator: rotary embeddings, normalised queries or caches stand
-between projection and product in most models of today, and all that fusing gains is one product in
-place of three. The eager backend gains that without an operator, wherever products read one value:
-see ``backends/packed_groups.py``, which has the numbers. The layer behind reads heads behind
-queries, so that nothing is copied there.
+Projections are no part of this operator: rotary embeddings, normalised queries or caches stand
+between projection and product in most models of today. Where nothing does, ``attention_block`` has
+them too, with what that gains. The layer behind reads heads behind queries, so that nothing is
+copied there.
 """
 
 from __future__ import annotations

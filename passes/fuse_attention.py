@@ -7,7 +7,8 @@
 
 Keys and values that are repeated for groups of queries are read as they are (Llama), numbers that
 scale queries or keys become part of ``scale``, a constant mask that is the causal one, or hides
-nothing, is said so. Projections stay (see ``kernels/attention.py``); one note a program says so.
+nothing, is said so. Projections stay; ``fuse-attention-blocks`` takes those that nothing but views
+parts from an attention, and one note a program says so.
 
 Where a formula hides every key of a query, it gives NaN and the operator zeros.
 """
@@ -89,8 +90,8 @@ class FuseAttention(Pass):
             layers = f"{count} layers project" if count > 1 else "one layer projects"
             rw.note(
                 projected[0],
-                f"{layers} queries, keys and values; they stay layers: what one product for all "
-                "gains, a backend gains by itself",
+                f"{layers} queries, keys and values; they stay layers, of which "
+                "fuse-attention-blocks makes one operator with the attention",
             )
 
 

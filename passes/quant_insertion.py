@@ -344,6 +344,7 @@ def _refuse(rw: Rewrite, target: str) -> None:
 
 
 _FUSED_LINEARS = {
+    "pruna.attention_block.default": "fuse-attention-blocks",
     "pruna.ffn.default": "fuse-ffn",
     "pruna.pooled_linear.default": "fuse-pooled-heads",
 }

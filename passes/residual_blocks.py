@@ -29,6 +29,8 @@ import torch
 from torch import fx
 
 from pruna_ir.call import bind_arguments
+from pruna_ir.kernels.attention import KERNEL as ATTENTION
+from pruna_ir.kernels.attention_block import KERNEL as ATTENTION_BLOCK
 from pruna_ir.program import Program, module_path, shape_of
 from pruna_ir.propagate import same_value
 from pruna_ir.transform import is_pure
@@ -38,7 +40,7 @@ aten = torch.ops.aten
 _ATTENTION = frozenset(
     {
         aten.scaled_dot_product_attention.default, aten.softmax.int, aten._softmax.default,
-        aten._safe_softmax.default,
+        aten._safe_softmax.default, ATTENTION.op, ATTENTION_BLOCK.op,
     }
 )  # fmt: skip
 _RESHAPES = frozenset({aten.reshape.default, aten.flatten.using_ints})

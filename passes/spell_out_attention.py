@@ -8,7 +8,8 @@ A boolean mask, and the causal one, put -inf where they are false; rows whose ev
 give zeros, as fused attention's do. Keys that groups of queries share are repeated. Targets run
 fused attention in float; on the products that this leaves, insert-fake-quant{products=true} works.
 
-Limits: no dropout; no scale that follows from a dynamic size.
+A fused attention block becomes its layers around that. Limits: no dropout; no scale that follows
+from a dynamic size.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 
 from pruna_ir.call import bind_arguments
 from pruna_ir.kernels.attention import KERNEL, attention_reference
+from pruna_ir.kernels.attention_block import KERNEL as BLOCK
 from pruna_ir.program import shape_of
 from pruna_ir.transform import Effect, Pass, Rewrite
 
@@ -30,7 +32,7 @@ _ATTENTION = aten.scaled_dot_product_attention.default
 
 @dataclass(frozen=True)
 class SpellOutAttention(Pass):
-    """Replace fused attention, torch's and ``pruna::attention``, by two products and a softmax.
+    """Replace fused attention, torch's and ours, by two products and a softmax.
 
     Requires: a known size of keys, where no scale is given.
     """
@@ -40,8 +42,12 @@ class SpellOutAttention(Pass):
 
     def rewrite(self, rw: Rewrite) -> None:
         """Spell out every attention, or say why not."""
-        for node in rw.calls(_ATTENTION, KERNEL.op):
+        for node in rw.calls(_ATTENTION, KERNEL.op, BLOCK.op):
             bound = bind_arguments(node)
+            if node.target is BLOCK.op:
+                rw.applied(node, "spelt out as layers, two matrix products and a softmax")
+                rw.inline(node, BLOCK.reference, bound)
+                continue
             arguments = bound if node.target is KERNEL.op else _arguments(bound)
             if isinstance(arguments, str):
                 rw.skip(node, arguments)

@@ -103,6 +103,9 @@ LAYERS: dict[Any, Operands] = {
 """The operators whose weights can be sparse."""
 
 _FUSED: dict[str, tuple[tuple[str, Layout], ...]] = {
+    "pruna.attention_block.default": tuple(
+        (name, Layout("linear", 0, 1)) for name in ("qkv_weight", "out_weight")
+    ),
     "pruna.conv_act.default": (("weight", Layout("conv", 0, 1)),),
     "pruna.ffn.default": tuple(
         (name, Layout("linear", 0, 1)) for name in ("w1", "w2", "gate_weight")
