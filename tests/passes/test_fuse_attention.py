@@ -187,7 +187,10 @@ def test_gpt2_of_a_fixed_batch_is_causal():
     assert fusions == [
         "fused attention (causal) into attention", "fused attention (causal) into attention_1"
     ]  # fmt: skip
-    assert projections.startswith("2 layers project queries, keys and values; they stay layers: ")
+    assert projections == (
+        "2 layers project queries, keys and values; they stay layers: fuse-attention-blocks fuses "
+        "those that only views part from their attention"
+    )
 
 
 # -- spellings ---------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""fuse-ffn and fuse-attention on the families of transformers and timm: all fused, or a reason."""
+"""The fusions of transformer blocks on families of transformers and timm: fused, or a reason."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pruna_ir.capture import capture
 from pruna_ir.checks import check
 from pruna_ir.passes.canonicalize import Canonicalize
 from pruna_ir.passes.fuse_attention import FuseAttention
+from pruna_ir.passes.fuse_attention_blocks import FuseAttentionBlocks
 from pruna_ir.passes.fuse_ffn import FuseFfn
 from pruna_ir.program import Program
 from pruna_ir.transform import apply
@@ -98,6 +99,8 @@ _FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] 
     ),
 }  # fmt: skip
 """Model, shape of its input, feed-forward blocks, attentions."""
+_ROTATED = ("qwen2", "mistral", "phi3", "modernbert", "eva02, packed gates")
+"""The families with a rotary embedding behind every projection of queries and keys."""
 
 
 def _program(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> Program:
@@ -125,14 +128,21 @@ def test_every_block_is_fused(family):
     assert found.count("pruna.ffn") == blocks
     assert found.count("pruna.attention") == attentions
     assert not {"aten.softmax.int", "aten.scaled_dot_product_attention"} & set(found)
+    program, reasons = _missed(FuseAttentionBlocks(), program=program)
+    assert targets(program).count("pruna.attention_block") == attentions - len(reasons)
+    expected = "its queries are projected from expand" if family == "siglip" else "a rotary embed"
+    assert len(reasons) == (attentions if family in _ROTATED else family == "siglip")
+    assert all(reason.startswith(expected) for reason in reasons)
 
 
-@pytest.mark.parametrize("family", ["phi3", "clip"])
+@pytest.mark.parametrize("family", ["phi3", "clip", "whisper"])
 def test_the_fused_model_is_the_same_function(family):
     make, shape, *_ = _FAMILIES[family]
-    before = _program(make, shape)
-    result = apply(FuseFfn(), before)
-    assert check(FuseFfn(), before, result.program, exact=result.exact).passed
+    program = _program(make, shape)
+    for pass_ in (FuseFfn(), FuseAttention(), FuseAttentionBlocks()):
+        result = apply(pass_, program)
+        assert check(pass_, program, result.program, exact=result.exact).passed
+        program = result.program
 
 
 _REASONS = {
