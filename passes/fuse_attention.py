@@ -90,8 +90,8 @@ class FuseAttention(Pass):
             layers = f"{count} layers project" if count > 1 else "one layer projects"
             rw.note(
                 projected[0],
-                f"{layers} queries, keys and values; they stay layers: fuse-attention-blocks fuses "
-                "those that only views part from their attention",
+                f"{layers} queries, keys and values; they stay layers: fuse-attention-blocks "
+                "fuses those that only views part from their attention",
             )
 
 

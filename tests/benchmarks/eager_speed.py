@@ -42,7 +42,7 @@ LEAST = {"resnet50": 1.3}
 """How many times as fast as plain torch an artifact in float32 must be."""
 FLOAT = (
     "canonicalize,fold-constants,fold-batch-norm,fuse-conv-bn-relu,fuse-ffn,fuse-attention,"
-    "fuse-pooled-heads"
+    "fuse-attention-blocks,fuse-pooled-heads"
 )
 BFLOAT16 = "canonicalize,fold-constants,fold-batch-norm,cast-floats"
 INT8 = "canonicalize,fold-constants,fold-batch-norm,insert-fake-quant,eliminate-dead-code"
