@@ -14,13 +14,13 @@ attention, nor between that and the last product. A missing bias of one of the t
 
 What stands between projection and product in other models (rotary embeddings, norms of queries and
 keys, caches) is no part of the operator; those keep ``attention`` between layers. Neither is the
-residual: added in the last product's own loop (oneDNN) it took 0.98 to 1.10 of the time of an
-addition behind it.
+residual: a block that adds it in the last product's own loop (oneDNN) took 1.00 to 1.02 of the
+time of one that adds it behind (0.93 for one token with one thread).
 
-``tests/benchmarks/attention_block_speed.py``: run by torch, a model with blocks is 1.02 (ViT-Tiny),
-1.07 (GPT-2, 64 tokens) and 1.10 times (BERT, 128 tokens) as fast as with layers and ``attention``
-on two threads, 1.01 to 1.02 times on one. The ``eager`` runtime packs weights: there the operator
-would be 0.93 to 0.99 times as fast, so it is spelt out, at 0.98 to 1.05.
+``tests/benchmarks/attention_block_speed.py``: run by torch, a model with blocks is 1.02
+(ViT-Tiny), 1.07 (GPT-2, 64 tokens) and 1.10 times (BERT, 128 tokens) as fast as with layers and
+``attention`` on two threads, 1.01 to 1.02 times on one. The ``eager`` runtime packs weights: there
+the operator would be 0.93 to 0.99 times as fast, so it is spelt out, at 0.98 to 1.05.
 """
 
 from __future__ import annotations
