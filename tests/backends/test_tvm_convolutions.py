@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pruna_ir.backends.to_tvm import ToTvm
+from pruna_ir.backends.tvm_build import host_target
 from pruna_ir.backends.tvm_convolutions import (
     ACCUMULATE,
     Convolution,
@@ -29,6 +30,7 @@ from pruna_ir.capture import capture
 from pruna_ir.lowering import LoadOptions, Lowered
 from pruna_ir.program import Program
 from pruna_ir.transform import Context
+from tests.backends.test_tvm_bytes import Array, convolutions, sums_reference
 
 TOLERANCE = 1e-5
 """The largest difference from float64, in units of the largest expected value or 1."""
@@ -129,7 +131,7 @@ def error(module: torch.nn.Module, folder: Path, x: torch.Tensor) -> float:
     )
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(
     layers=st.lists(LAYERS, min_size=4, max_size=4),
     size=st.tuples(st.integers(10, 14), st.sampled_from([13, 16, 30, 37])),
@@ -203,44 +205,75 @@ def test_one_dimension_is_a_height_of_one(tmp_path: Path) -> None:
 # -- one function ---------------------------------------------------------------------------------
 
 
-def compiled(constants: Convolution, height: int, width: int) -> Any:
-    """The convolution alone, from plain tensors, with its packing."""
+def convolved(constants: Convolution, vectors: int, data: Array, weight: Array) -> Array:
+    """The convolution alone and its packing: float32[n, O/16, H, W, 16]; memory begins as NaN."""
     import tvm
     from tvm import s_tir, te
 
-    from pruna_ir.backends.tvm_build import host_target
+    def nan(tensor: Any) -> Any:
+        return tvm.runtime.tensor(np.full([int(v) for v in tensor.shape], np.nan, np.float32))
 
-    inputs = constants.inputs // constants.groups
-    data = te.placeholder((2, constants.inputs, height, width), name="data")
-    weight = te.placeholder((constants.outputs, inputs, *constants.kernel), name="weight")
-    packed = pack(constants, weight)
+    given_data = te.placeholder(data.shape, name="data")
+    given_weight = te.placeholder(weight.shape, name="weight")
+    packed = pack(constants, given_weight)
     held = te.placeholder(packed.shape, name="packed")
-    result = convolve(constants, 16)(data, held)
-    schedule = s_tir.Schedule(te.create_prim_func([data, held, result]))
+    result = convolve(constants, vectors)(given_data, held)
+    schedule = s_tir.Schedule(te.create_prim_func([given_data, held, result]))
     schedule_convolution(schedule, schedule.get_sblock(ACCUMULATE))
-    target = host_target()
-    packing = tvm.compile(te.create_prim_func([weight, packed]), target=target)
-    return packing, tvm.compile(schedule.mod, target=target), packed.shape, result.shape
+    module = schedule.mod
+    module["pack"] = te.create_prim_func([given_weight, packed]).with_attr("global_symbol", "pack")
+    made = tvm.compile(module, target=host_target())
+    weights, sums = nan(packed), nan(result)
+    made["pack"](tvm.runtime.tensor(weight), weights)
+    made["main"](tvm.runtime.tensor(data), weights, sums)
+    return np.asarray(sums.numpy())
+
+
+def blocked(data: Array) -> Array:
+    """[n, C, H, W] as [n, C/16, H, W, 16], NaN behind the last channel."""
+    n, channels, height, width = data.shape
+    whole = np.full((n, -(-channels // 16) * 16, height, width), np.nan, np.float32)
+    whole[:, :channels] = data
+    lanes = whole.reshape(n, -1, 16, height, width).transpose(0, 1, 3, 4, 2)
+    return np.ascontiguousarray(lanes)
+
+
+@settings(max_examples=24, deadline=None)
+@given(
+    drawn=convolutions(),
+    size=st.tuples(st.integers(7, 9), st.sampled_from([7, 13, 16, 29, 30])),
+    vectors=st.sampled_from([6, 16]),
+    plain=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_sums_of_whole_numbers_are_exact(
+    drawn: Convolution, size: tuple[int, int], vectors: int, plain: bool, seed: int
+) -> None:
+    constants = replace(drawn, quad=1)
+    generator = np.random.default_rng(seed)
+    data = generator.integers(-8, 9, (2, constants.inputs, *size)).astype(np.float32)
+    shape = (constants.outputs, constants.inputs // constants.groups, *constants.kernel)
+    weight = generator.integers(-8, 9, shape).astype(np.float32)
+    held = data if plain and not constants.is_depthwise else blocked(data)
+    expected = sums_reference(constants, data, weight, 0)
+    lanes = convolved(constants, vectors, held, weight).transpose(0, 1, 4, 2, 3)
+    found = lanes.reshape(2, -1, *expected.shape[2:])[:, : constants.outputs]
+    assert np.array_equal(found, expected)
+    # The control: weights that differ by one are told apart, in their own channel alone.
+    weight[-1] += 1
+    differing = (found != sums_reference(constants, data, weight, 0)).any((0, 2, 3))
+    assert differing[-1]
+    assert not differing[:-1].any()
 
 
 @pytest.mark.parametrize("width", [13, 29, 31])
 def test_every_element_is_written(width: int) -> None:
-    """Results and packed weights start as NaN; sums of ones over ones count the window."""
-    import tvm
-
+    """Sums of ones over ones count the window, and lanes behind the last channel are zeros."""
     constants = Convolution(3, 20, 1, (3, 2), (1, 1), (1, 1), (0, 0, 0, 0))
-    packing, function, packed_shape, shape = compiled(constants, 5, width)
-    tensors = [
-        tvm.runtime.tensor(np.full([int(v) for v in s], fill, np.float32))
-        for s, fill in (
-            ((20, 3, 3, 2), 1), (packed_shape, np.nan), ((2, 3, 5, width), 1), (shape, np.nan)
-        )
-    ]  # fmt: skip
-    weight, packed, data, result = tensors
-    packing(weight, packed)
-    function["main"](data, packed, result)
-    lanes = result.numpy()[:, 1, :, :, 4:]
-    assert np.array_equal(result.numpy()[:, 0], np.full((2, 3, width - 1, 16), 18))
+    ones = np.ones((2, 3, 5, width), np.float32), np.ones((20, 3, 3, 2), np.float32)
+    result = convolved(constants, 16, *ones)
+    lanes = result[:, 1, :, :, 4:]
+    assert np.array_equal(result[:, 0], np.full((2, 3, width - 1, 16), 18))
     assert np.array_equal(lanes, np.zeros_like(lanes))
 
 

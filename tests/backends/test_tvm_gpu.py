@@ -12,9 +12,11 @@ from pruna_ir.backends.to_tvm import ToTvm
 from pruna_ir.backends.tvm_build import host_target
 from pruna_ir.backends.tvm_gpu import CODE, compiler_missing, gpu_target
 from pruna_ir.backends.tvm_runtime import LIBRARY, MODEL
-from pruna_ir.build import build
+from pruna_ir.build import Artifact, build
+from pruna_ir.capture import capture
 from pruna_ir.errors import LoweringError, ToolchainError, UsageError
 from pruna_ir.lowering import LoadOptions, Verdict
+from pruna_ir.program import Program
 from tests.backends.backend_models import Block, SmallCnn, inputs, program
 
 needs_nvcc = pytest.mark.skipif(bool(compiler_missing()), reason="needs nvcc")
@@ -22,26 +24,33 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="asks what h
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on a GPU")
 
 
+def dense() -> Program:
+    return capture(torch.nn.Linear(3, 2), (torch.zeros(2, 3),))
+
+
+@pytest.fixture(scope="module", params=[SmallCnn, Block])
+def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    folder = tmp_path_factory.mktemp("cuda") / "a"
+    return build(program(request.param), ToTvm(device="cuda", arch="sm_89"), folder)
+
+
 @needs_no_gpu
-@pytest.mark.parametrize("kind", [SmallCnn, Block])
-def test_code_is_generated_and_not_run(kind: type[torch.nn.Module], tmp_path: Path) -> None:
-    backend = ToTvm(device="cuda", arch="sm_89")
-    artifact = build(program(kind), backend, tmp_path / "a")
+def test_code_is_generated_and_not_run(artifact: Artifact) -> None:
     assert artifact.certificate.verdict is Verdict.NOT_RUN
     assert artifact.certificate.reason.startswith("no CUDA device; the code was compiled for")
     assert artifact.certificate.comparisons == ()
     assert artifact.manifest.facts["schedules"] == "TVM's own for GPUs (dlight)"
     assert '"arch": "sm_89"' in artifact.manifest.facts["target"].replace('":"', '": "')
-    assert json.loads((tmp_path / "a" / MODEL).read_text())["device"] == "cuda"
-    assert b"__global__" in (tmp_path / "a" / LIBRARY).read_bytes()
+    assert json.loads((artifact.folder / MODEL).read_text())["device"] == "cuda"
+    assert b"__global__" in (artifact.folder / LIBRARY).read_bytes()
     with pytest.raises(ToolchainError, match="no CUDA device"):
-        backend.load(tmp_path / "a", LoadOptions())
+        ToTvm(device="cuda", arch="sm_89").load(artifact.folder, LoadOptions())
 
 
 @needs_no_gpu
 def test_it_cannot_count_as_verified(tmp_path: Path) -> None:
     with pytest.raises(ToolchainError, match=r"cannot be verified here: no CUDA device"):
-        build(program(SmallCnn), ToTvm(device="cuda"), tmp_path / "a", require_verified=True)
+        build(dense(), ToTvm(device="cuda"), tmp_path / "a", require_verified=True)
     assert not (tmp_path / "a").exists()
 
 
@@ -55,16 +64,15 @@ def test_it_computes_what_the_program_does(int8: bool, tmp_path: Path) -> None:
 
 
 @needs_nvcc
-def test_the_kernels_compile_for_the_architecture(tmp_path: Path) -> None:
-    build(program(SmallCnn), ToTvm(device="cuda"), tmp_path / "a", verify=False)
-    machine = (tmp_path / "a" / CODE).read_bytes()[18:20]
+def test_the_kernels_compile_for_the_architecture(artifact: Artifact) -> None:
+    machine = (artifact.folder / CODE).read_bytes()[18:20]
     assert int.from_bytes(machine, "little") == 190  # EM_CUDA in an ELF header
 
 
 @needs_nvcc
 def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LoweringError, match="TVM cannot compile the program"):
-        build(program(SmallCnn), ToTvm(device="cuda", arch="sm_1"), tmp_path / "a")
+        build(dense(), ToTvm(device="cuda", arch="sm_1"), tmp_path / "a")
 
 
 def test_a_tvm_without_the_code_generator_is_refused() -> None:
@@ -96,4 +104,4 @@ def test_options_that_contradict_each_other(
     backend: ToTvm, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises((UsageError, ToolchainError), match=message):
-        build(program(SmallCnn), backend, tmp_path / "a")
+        build(dense(), backend, tmp_path / "a")

@@ -144,7 +144,7 @@ INT8 = "canonicalize,insert-fake-quant{samples=8},eliminate-dead-code"
 def language_model() -> tuple[torch.nn.Module, torch.Tensor]:
     import transformers
 
-    sizes = {"n_layer": 2, "n_embd": 48, "n_head": 4, "vocab_size": 90}
+    sizes = {"n_layer": 1, "n_embd": 48, "n_head": 4, "vocab_size": 90}
     config = transformers.GPT2Config(**sizes, use_cache=False)
     return transformers.GPT2LMHeadModel(config).eval(), torch.randint(0, 90, (8, 19))
 
@@ -153,7 +153,7 @@ def encoder() -> tuple[torch.nn.Module, torch.Tensor]:
     import transformers
 
     config = transformers.BertConfig(
-        hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=100,
+        hidden_size=48, num_hidden_layers=1, num_attention_heads=4, intermediate_size=100,
         vocab_size=90,
     )  # fmt: skip
     model = transformers.BertForSequenceClassification(config).eval()
@@ -164,7 +164,7 @@ def vision_transformer() -> tuple[torch.nn.Module, torch.Tensor]:
     import timm
 
     model = timm.create_model(
-        "vit_tiny_patch16_224", img_size=48, embed_dim=48, depth=2, num_heads=3, num_classes=10
+        "vit_tiny_patch16_224", img_size=48, embed_dim=48, depth=1, num_heads=3, num_classes=10
     )
     return model.eval(), torch.randn(8, 3, 48, 48)
 
