@@ -10,14 +10,16 @@ to [n, C/16, H, W, 16] or, where it has fewer than 16 channels, as words of four
                     (sums[o] - z * sum of weight[o]) * (s * s_weight[o])
 
 Padding is made of z, so that what z contributes does not depend on the place. x / s is computed as
-x * (1 / s), which differs from the quotient by rounding where s is no power of two.
+x * (1 / s), which differs from the quotient by rounding where s is no power of two. Functions read
+s and z from tensors, so that layers of equal sizes are compiled once; those have no dimension, as
+TVM fuses no function behind a product that reads other elements than the one that it writes.
 
 Limits: one scale and zero point for a whole tensor of data; weights with a zero point of 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +48,17 @@ class Grid:
     def word(self) -> int:
         """Four bytes that stand for 0, as an int32."""
         return int(np.array([self.zero] * _WORD, np.uint8).view(np.int32)[0])
+
+    @property
+    def numbers(self) -> tuple[Any, Any]:
+        """Scale and zero as arrays float32[] and int32[], which `dequantize` reads."""
+        return np.array(self.scale, np.float32), np.array(self.zero, np.int32)
+
+    @property
+    def inverse(self) -> tuple[Any, Any]:
+        """1 / scale and zero as arrays float32[] and int32[], which `quantize` reads."""
+        scale, zero = self.numbers
+        return np.array(np.float32(1) / scale, np.float32), zero
 
 
 @dataclass(frozen=True)
@@ -114,66 +127,61 @@ def _scalar(value: Any) -> float | None:
 # -- computations --------------------------------------------------------------------------------
 
 
-def _integer(x: Any, grid: Grid) -> Any:
+def constants(numbers: Sequence[Any]) -> list[Any]:
+    """Arrays as Relax constants."""
+    from tvm import relax
+
+    return [relax.const(number) for number in numbers]
+
+
+def _integer(x: Any, inverse: Any, zero: Any) -> Any:
     """The byte of a float, as an int32."""
     from tvm import tirx
 
-    def number(value: float) -> Any:
-        return tirx.const(float(value), "float32")
-
-    x = x * number(float(np.float32(1) / np.float32(grid.scale)))
-    x = tirx.min(tirx.max(x, number(-grid.zero)), number(255 - grid.zero))
-    bits = tirx.reinterpret("int32", x + number(_ROUND))
-    return bits - tirx.const(_ROUND_BITS - grid.zero, "int32")
+    low = tirx.const(0.0, "float32") - zero().astype("float32")
+    high = tirx.const(255.0, "float32") - zero().astype("float32")
+    x = tirx.min(tirx.max(x * inverse(), low), high)
+    bits = tirx.reinterpret("int32", x + tirx.const(_ROUND, "float32"))
+    return bits - (tirx.const(_ROUND_BITS, "int32") - zero())
 
 
-def quantize(grid: Grid) -> Callable[[Any], Any]:
-    """float32 to bytes, of any shape."""
+def quantize(x: Any, inverse: Any, zero: Any) -> Any:
+    """float32 to bytes, of any shape; the others as `Grid.inverse` has them."""
     from tvm import te
 
-    def compute(x: Any) -> Any:
-        return te.compute(
-            x.shape, lambda *at: _integer(x[at], grid).astype("uint8"), name="quantize"
-        )
-
-    return compute
+    return te.compute(
+        x.shape, lambda *at: _integer(x[at], inverse, zero).astype("uint8"), name="quantize"
+    )
 
 
-def quantize_words(grid: Grid) -> Callable[[Any], Any]:
+def quantize_words(x: Any, inverse: Any, zero: Any) -> Any:
     """float32[n, C, H, W] to int32[n, C/4, H, W]; zeros fill up the last word."""
     from tvm import te, tirx
 
-    def compute(x: Any) -> Any:
-        n, channels, height, width = x.shape
+    n, channels, height, width = x.shape
 
-        def byte(at: tuple[Any, ...], place: int) -> Any:
-            channel = at[1] * _WORD + place
-            value = _integer(x[at[0], channel, at[2], at[3]], grid)
-            return tirx.if_then_else(channel < channels, value, tirx.const(0, "int32"))
+    def byte(at: tuple[Any, ...], place: int) -> Any:
+        channel = at[1] * _WORD + place
+        value = _integer(x[at[0], channel, at[2], at[3]], inverse, zero)
+        return tirx.if_then_else(channel < channels, value, tirx.const(0, "int32"))
 
-        def word(*at: Any) -> Any:
-            made = byte(at, 0)
-            for place in range(1, _WORD):
-                made = made | (byte(at, place) << tirx.const(8 * place, "int32"))
-            return made
+    def word(*at: Any) -> Any:
+        made = byte(at, 0)
+        for place in range(1, _WORD):
+            made = made | (byte(at, place) << tirx.const(8 * place, "int32"))
+        return made
 
-        return te.compute((n, -(-int(channels) // _WORD), height, width), word, name="words")
-
-    return compute
+    return te.compute((n, -(-int(channels) // _WORD), height, width), word, name="words")
 
 
-def dequantize(grid: Grid) -> Callable[[Any], Any]:
-    """Bytes to float32, of any shape."""
-    from tvm import te, tirx
+def dequantize(q: Any, scale: Any, zero: Any) -> Any:
+    """Bytes to float32, of any shape; the others as `Grid.numbers` has them."""
+    from tvm import te
 
-    def compute(q: Any) -> Any:
-        def element(*at: Any) -> Any:
-            whole = q[at].astype("int32") - tirx.const(grid.zero, "int32")
-            return whole.astype("float32") * tirx.const(grid.scale, "float32")
+    def element(*at: Any) -> Any:
+        return (q[at].astype("int32") - zero()).astype("float32") * scale()
 
-        return te.compute(q.shape, element, name="dequantize")
-
-    return compute
+    return te.compute(q.shape, element, name="dequantize")
 
 
 def is_exact(convolution: Convolution) -> bool:
@@ -182,11 +190,11 @@ def is_exact(convolution: Convolution) -> bool:
     return convolution.inputs // convolution.groups * height * width * _LARGEST < _SUMS
 
 
-def offsets(convolution: Convolution, grid: Grid) -> Callable[[Any], Any]:
+def offsets(convolution: Convolution) -> Callable[[Any, Any], Any]:
     """What z adds to the sums, negated: int32[O/16, 16], of weights int8[O, I/groups, kh, kw]."""
     from tvm import te, tirx
 
-    def compute(weight: Any) -> Any:
+    def compute(weight: Any, zero: Any) -> Any:
         axes = [te.reduce_axis((0, int(size)), "r") for size in weight.shape[1:]]
 
         def total(block: Any, lane: Any) -> Any:
@@ -194,20 +202,20 @@ def offsets(convolution: Convolution, grid: Grid) -> Callable[[Any], Any]:
             return te.sum(weight[(channel, *axes)].astype("int32"), axis=axes)
 
         sums = te.compute((convolution.blocks, LANES), total, name="weight_sums")
-        zero = tirx.const(-grid.zero, "int32")
-        return te.compute(sums.shape, lambda *at: sums[at] * zero, name="offsets")
+        none = tirx.const(0, "int32")
+        return te.compute(sums.shape, lambda *at: sums[at] * (none - zero()), name="offsets")
 
     return compute
 
 
-def multipliers(convolution: Convolution, grid: Grid) -> Callable[[Any], Any]:
+def multipliers(convolution: Convolution) -> Callable[[Any, Any], Any]:
     """The scales of the sums, float32[O/16, 16], of those of the weights, [] or [O]."""
     from tvm import te, tirx
 
-    def compute(scales: Any) -> Any:
+    def compute(scales: Any, scale: Any) -> Any:
         def element(block: Any, lane: Any) -> Any:
             channel = tirx.min(block * LANES + lane, convolution.outputs - 1)
-            return scales[channel] * tirx.const(grid.scale, "float32")
+            return scales[channel] * scale()
 
         return te.compute((convolution.blocks, LANES), element, name="multipliers")
 

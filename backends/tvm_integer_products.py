@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from pruna_ir.backends.tvm_bytes import Grid, quantised_source, quantize
+from pruna_ir.backends.tvm_bytes import Grid, constants, quantised_source, quantize
 from pruna_ir.backends.tvm_dot import INT8, dot, word
 from pruna_ir.backends.tvm_products import (
     PACK,
@@ -115,13 +115,15 @@ def _emitted(
 
     builder = rewriter.builder_
     weight, scale = rewriter.visit_expr(columns.values), rewriter.visit_expr(columns.scale)
+    zero = relax.const(grid.numbers[1])
     packed = builder.call_te(
         pack_words, weight, tile.panel, columns.transposed, primfunc_name_hint=PACK
     )
     sums = builder.call_te(
-        column_sums, weight, grid.zero, columns.transposed, primfunc_name_hint="column_sums"
+        column_sums, weight, zero, columns.transposed, primfunc_name_hint="column_sums"
     )
-    scale = relax.op.multiply(scale, relax.const(np.float32(grid.scale)))
+    # in a tensor: a number would become a part of the function
+    scale = relax.op.multiply(scale, relax.const(grid.numbers[0].reshape(1)))
     if columns.scale.ty.ndim == 0:
         scale = relax.op.broadcast_to(builder.emit(scale), relax.ShapeExpr([count]))
     weights = [builder.emit(value) for value in (packed, sums, scale)]
@@ -136,8 +138,9 @@ def _bytes(rewriter: Any, source: Any, grid: Grid) -> Any:
     key = (source, grid)
     if key not in rewriter.bytes:
         made = rewriter.builder_.call_te(
-            quantize(grid), rewriter.visit_expr(source), primfunc_name_hint="quantize"
-        )
+            quantize, rewriter.visit_expr(source), *constants(grid.inverse),
+            primfunc_name_hint="quantize",
+        )  # fmt: skip
         rewriter.bytes[key] = rewriter.builder_.emit(made)
     return rewriter.bytes[key]
 
@@ -153,9 +156,9 @@ def pack_words(weight: Any, panel: int, transposed: bool) -> Any:
     return packed_by(weight, panel, transposed, INT8.depth, word)
 
 
-def column_sums(weight: Any, point: int, transposed: bool) -> Any:
-    """``point * sum_k W[k, j]`` as int32 [N], of int8 [N, K] where transposed, else [K, N]."""
-    from tvm import te, tirx
+def column_sums(weight: Any, zero: Any, transposed: bool) -> Any:
+    """``z sum_k W[k, j]`` as int32 [N], of int8 [N, K] where transposed, else [K, N]."""
+    from tvm import te
 
     axis = 0 if transposed else 1
     k = te.reduce_axis((0, weight.shape[1 - axis]), name="k")
@@ -164,8 +167,7 @@ def column_sums(weight: Any, point: int, transposed: bool) -> Any:
         lambda j: te.sum((weight[j, k] if transposed else weight[k, j]).astype("int32"), axis=k),
         name="column_sums",
     )
-    factor = tirx.const(point, "int32")
-    return te.compute(total.shape, lambda j: total[j] * factor, name="column_shift")
+    return te.compute(total.shape, lambda j: total[j] * zero(), name="column_shift")
 
 
 def integer_product(columns: int, tile: Tile) -> Callable[[Any, Any, Any, Any], Any]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pruna_ir.backends import tvm_bfloat16, tvm_bytes
-from pruna_ir.backends.tvm_bytes import Grid
+from pruna_ir.backends.tvm_bytes import Grid, constants
 from pruna_ir.backends.tvm_loops import LANES
 
 
@@ -83,9 +83,9 @@ def as_blocked(rewriter: Any, value: Any) -> Any:
     """
     if is_quantised(rewriter, value):
         grid = rewriter.quantised[value].grid
-        expand, name = _expansion(grid)
+        expand, name, operands = _expansion(grid)
         made = rewriter.builder_.call_te(
-            expand, as_bytes(rewriter, value), primfunc_name_hint=name
+            expand, as_bytes(rewriter, value), *operands, primfunc_name_hint=name
         )
         return rewriter.builder_.emit(made)
     if value in rewriter.blocked:
@@ -95,18 +95,18 @@ def as_blocked(rewriter: Any, value: Any) -> Any:
     return made
 
 
-def _expansion(grid: Grid | Halves) -> tuple[Callable[[Any], Any], str]:
-    """What computes the numbers of a grid from what is kept of them, and its name."""
+def _expansion(grid: Grid | Halves) -> tuple[Callable[..., Any], str, list[Any]]:
+    """What computes numbers from what is kept of them, its name, and what else it reads."""
     if isinstance(grid, Halves):
-        return tvm_bfloat16.widen, tvm_bfloat16.WIDEN
-    return tvm_bytes.dequantize(grid), "dequantize"
+        return tvm_bfloat16.widen, tvm_bfloat16.WIDEN, []
+    return tvm_bytes.dequantize, "dequantize", constants(grid.numbers)
 
 
-def _reduction(grid: Grid | Halves) -> tuple[Callable[[Any], Any], str]:
-    """What computes what is kept of numbers on a grid, and its name."""
+def _reduction(grid: Grid | Halves) -> tuple[Callable[..., Any], str, list[Any]]:
+    """What computes what is kept of numbers on a grid, its name, and what else it reads."""
     if isinstance(grid, Halves):
-        return tvm_bfloat16.narrow, tvm_bfloat16.NARROW
-    return tvm_bytes.quantize(grid), "quantize"
+        return tvm_bfloat16.narrow, tvm_bfloat16.NARROW, []
+    return tvm_bytes.quantize, "quantize", constants(grid.inverse)
 
 
 def is_quantised(rewriter: Any, value: Any) -> bool:
@@ -125,8 +125,8 @@ def as_bytes(rewriter: Any, value: Any) -> Any:
     if value not in rewriter.bytes:
         held = rewriter.quantised[value]
         source = as_blocked(rewriter, held.source)
-        reduce, name = _reduction(held.grid)
-        made = rewriter.builder_.call_te(reduce, source, primfunc_name_hint=name)
+        reduce, name, operands = _reduction(held.grid)
+        made = rewriter.builder_.call_te(reduce, source, *operands, primfunc_name_hint=name)
         made = rewriter.builder_.emit(made)
         rewriter.bytes[value] = Blocked(made, int(value.ty.shape[1]))
     return rewriter.bytes[value].value

@@ -110,11 +110,9 @@ def _integer_convolution(
     builder, held = rewriter.builder_, rewriter.quantised[data]
     constants = replace(constants, quad=INT8.depth)
     if few := _is_narrow(rewriter, constants, data):
-        source = rewriter.visit_expr(held.source)
+        operands = rewriter.visit_expr(held.source), *tvm_bytes.constants(held.grid.inverse)
         source = builder.emit(
-            builder.call_te(
-                tvm_bytes.quantize_words(held.grid), source, primfunc_name_hint="quantize"
-            )
+            builder.call_te(tvm_bytes.quantize_words, *operands, primfunc_name_hint="quantize")
         )
     else:
         source = as_bytes(rewriter, data)
@@ -135,9 +133,11 @@ def _factors(rewriter: Any, constants: Convolution, grid: Grid, weight: Weight) 
     scale = rewriter.visit_expr(weight.scale)
     if scale.ty.ndim == 0:
         scale = builder.emit(relax.op.full((constants.outputs,), scale))
+    stored = rewriter.visit_expr(weight.integers)
+    number, zero = tvm_bytes.constants(grid.numbers)
     made = (
-        builder.call_te(tvm_bytes.offsets(constants, grid), rewriter.visit_expr(weight.integers)),
-        builder.call_te(tvm_bytes.multipliers(constants, grid), scale),
+        builder.call_te(tvm_bytes.offsets(constants), stored, zero),
+        builder.call_te(tvm_bytes.multipliers(constants), scale, number),
     )
     return [builder.emit(value) for value in made]
 

@@ -20,7 +20,7 @@ from pruna_ir.kernels.fake_quant import fake_quant
 from pruna_ir.lowering import LoadOptions, Lowered
 from pruna_ir.program import Program
 from pruna_ir.transform import Context
-from tests.backends.backend_models import Block, SmallCnn, inputs, program
+from tests.backends.backend_models import Block, Quantized, SmallCnn, inputs, program
 
 BACKEND = ToTvm()
 
@@ -90,6 +90,31 @@ def test_quantised_weights_are_stored_as_int8_and_the_audit_tells_what_multiplie
         ("conv", precision),
         ("linear", precision),
     ]
+
+
+@pytest.mark.skipif(not has_dots(host_target()), reason="the processor has no AVX512-VNNI")
+@pytest.mark.parametrize("convolutions", [False, True])
+def test_layers_of_equal_sizes_are_one_function_whatever_their_grids(
+    convolutions: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    layers = [
+        torch.nn.Conv2d(16, 16, 3, padding=1) if convolutions else torch.nn.Linear(16, 16)
+        for _ in range(3)
+    ]
+    scales = (0.03, 0.02, 0.05)
+    quantised = [Quantized(layer, scale) for layer, scale in zip(layers, scales, strict=True)]
+    first, second, third = quantised
+    module = torch.nn.Sequential(first, torch.nn.ReLU(), second, torch.nn.ReLU(), third)
+    x = torch.randn(2, 16, 5, 16)
+    made = capture(module.eval(), (x,))
+    lowered(made, tmp_path)
+    assert largest_difference(made, tmp_path, x) < 2e-6
+    audit = BACKEND.load(tmp_path, LoadOptions()).audit()
+    first, again, last = [row.layer for row in audit if row.kind in ("conv", "linear")]
+    assert first == again != last
+    # The next layer's bytes are made where a layer writes its result.
+    assert "quantize" in first
 
 
 class Grids(torch.nn.Module):

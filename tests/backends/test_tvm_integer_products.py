@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pruna_ir.backends.to_tvm import ToTvm
 from pruna_ir.backends.tvm_build import has_dots, host_target
+from pruna_ir.backends.tvm_bytes import Grid
 from pruna_ir.backends.tvm_integer_products import column_sums, integer_product, pack_words
 from pruna_ir.backends.tvm_products import Registers, choose_tile
 from pruna_ir.build import build
@@ -44,13 +45,13 @@ def product(a: Array, w: Array, point: int, *, transposed: bool = False) -> Arra
     m, (k, n) = a.shape[-2], w.shape
     tile = choose_tile(m, n, -(-k // 4), AVX512)
 
-    def expression(q: Any, weight: Any, scale: Any) -> Any:
+    def expression(q: Any, weight: Any, scale: Any, zero: Any) -> Any:
         packed = pack_words(weight, tile.panel, transposed)
-        sums = column_sums(weight, point, transposed)
+        sums = column_sums(weight, zero, transposed)
         return integer_product(n, tile)(q, packed, sums, scale)
 
     given_weight = np.ascontiguousarray(w.T) if transposed else w
-    return compiled(expression, a, given_weight, np.ones(n, np.float32))
+    return compiled(expression, a, given_weight, np.ones(n, np.float32), Grid(1, point).numbers[1])
 
 
 def reference(a: Array, w: Array, point: int) -> Array:
