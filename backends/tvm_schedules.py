@@ -26,7 +26,7 @@ from pruna_ir.backends.tvm_loops import LANES, extent
 _REDUCTION = 2
 _PRODUCTS = ("conv", "matmul", "dense", "einsum")
 _BLOCKED_RANK = 5
-_LONG = 400
+_MOST_CURVES = 2
 _CURVED = ("T.erf", "T.exp", "T.tanh", "T.sigmoid", "T.pow")
 NO_PROCESSOR = "no rule covers a processor without AVX2"
 
@@ -43,12 +43,23 @@ def _inline(schedule: Any, root: Any) -> None:
             continue
         if any(_is_reduction(schedule, reader) for reader in readers):
             continue
-        # Functions become polynomials, which write their operand out many times: nested ones
-        # without end, so that one whose operand is long takes it from memory.
-        texts = [str(schedule.get(reader).body) for reader in (block, *readers)]
-        curved = any(word in text for text in texts for word in _CURVED)
-        if not curved or max(map(len, texts)) < _LONG:
+        if all(_is_short(schedule.get(block), schedule.get(reader)) for reader in readers):
             schedule.compute_inline(block)
+
+
+def _is_short(block: Any, reader: Any) -> bool:
+    """Whether a reader stays short with what it reads written out in it.
+
+    Functions become polynomials, of which LLVM takes minutes to compile many in one expression:
+    one that holds some already is read from memory.
+    """
+    text, buffer = str(reader.body), block.writes[0].source.name
+    curves = _curves(str(block.body)) * max(1, text.count(f"{buffer}["))
+    return not curves or curves + _curves(text) <= _MOST_CURVES
+
+
+def _curves(text: str) -> int:
+    return sum(text.count(f"{word}(") for word in _CURVED)
 
 
 def _inline_readers(schedule: Any, block: Any) -> None:
