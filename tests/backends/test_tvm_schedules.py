@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from pruna_ir.backends.to_tvm import ToTvm
+from pruna_ir.backends.tvm_build import Tiles, _scheduled, has_dots, host_target
+from pruna_ir.backends.tvm_import import import_program
 from pruna_ir.backends.tvm_schedules import covers
 from pruna_ir.build import build, open_artifact
 from pruna_ir.capture import capture
 from pruna_ir.lowering import LoadOptions
 from pruna_ir.program import Program
+from tests.backends.test_to_tvm import Quantized
 
 
 class Volumes(torch.nn.Module):
@@ -94,6 +97,29 @@ def test_einsums_are_covered_as_matrix_products(tmp_path: Path) -> None:
         artifact = build(made, "tvm", tmp_path / "artifact")
     assert artifact.certificate.verdict.name == "PASSED"
     assert {row.kind for row in artifact.certificate.audit} >= {"matmul"}
+
+
+def buffers(module: torch.nn.Module, word: str) -> list[str]:
+    """Where the functions with a word in their name keep intermediate values."""
+    made = capture(module.eval(), (torch.randn(2, 16),))
+    scheduled = _scheduled(import_program(made), host_target(), Tiles())[0]
+    texts = [str(f) for name, f in scheduled.functions.items() if word in name.name_hint]
+    assert texts
+    return [line.strip() for text in texts for line in text.splitlines() if "alloc_buffer" in line]
+
+
+@pytest.mark.skipif(not has_dots(host_target()), reason="the processor has no AVX512-VNNI")
+def test_a_function_and_a_quantiser_are_computed_where_a_product_writes() -> None:
+    layers = [Quantized(torch.nn.Linear(16, 16), 0.03), Quantized(torch.nn.Linear(16, 16), 0.02)]
+    (accumulators,) = buffers(torch.nn.Sequential(layers[0], torch.nn.GELU(), layers[1]), "gelu")
+    assert 'scope="local"' in accumulators
+
+
+def test_many_functions_in_a_row_are_not_one_expression() -> None:
+    """The control; LLVM would take minutes for them."""
+    functions = [torch.nn.GELU() for _ in range(6)]
+    layers = torch.nn.Sequential(torch.nn.Linear(16, 16), *functions)
+    assert len(buffers(layers, "matmul")) > 1
 
 
 def test_an_unknown_processor_gets_tvms_loops(tmp_path: Path) -> None:
