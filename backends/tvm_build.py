@@ -21,6 +21,7 @@ import numpy as np
 from pruna_ir.backends import tvm_gpu
 from pruna_ir.backends.tvm_blocked import block_convolutions
 from pruna_ir.backends.tvm_dot import INT8, Dot, multiplied
+from pruna_ir.backends.tvm_fusion import fused_loops
 from pruna_ir.backends.tvm_import import Imported
 from pruna_ir.backends.tvm_loader import LOADER, loader_source
 from pruna_ir.backends.tvm_narrow_products import narrow_products
@@ -153,33 +154,17 @@ def _optimization(
 ) -> Any:
     """Operators to loops, weight preparation apart, neighbours fused."""
     import tvm
-    from tvm import relax
 
-    t = relax.transform
-    entries = [ENTRY, TRANSFORM]
     return tvm.transform.Sequential(
-        [
-            relax.backend.DispatchSampling(),
-            relax.backend.DispatchSortScan(),
-            t.DecomposeOpsForInference(),
-            t.CanonicalizeBindings(),
+        fused_loops(
             _blocking(features, parameters, tiles),
             _narrowing(features, parameters),
-            t.LegalizeOps(
-                {
-                    "relax.matmul": partial(legalize_matmul, choose=tiles.product),
-                    "relax.nn.layer_norm": legalize_layer_norm,
-                    "relax.nn.softmax": legalize_softmax,
-                }
-            ),
-            t.LiftTransformParams(),
-            t.DeadCodeElimination(entries),
-            t.AnnotateTIROpPattern(),
-            t.FoldConstant(),
-            t.FuseOps(),
-            t.FuseTIR(),
-            t.DeadCodeElimination(entries),
-        ]
+            legal={
+                "relax.matmul": partial(legalize_matmul, choose=tiles.product),
+                "relax.nn.layer_norm": legalize_layer_norm,
+                "relax.nn.softmax": legalize_softmax,
+            },
+        )
     )
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pruna_ir.backends.tvm_runtime import ENTRY, TRANSFORM
+from pruna_ir.backends.tvm_fusion import fused_loops
 from pruna_ir.errors import ToolchainError
 
 CODE = "kernels.cubin"
@@ -61,25 +61,11 @@ def gpu_target(arch: str, host: Any, kind: str = "cuda") -> Any:
 def scheduled(module: Any, target: Any) -> Any:
     """The module with TVM's own schedules for a GPU."""
     import tvm
-    from tvm import relax
     from tvm.s_tir import dlight
 
-    t = relax.transform
-    entries = [ENTRY, TRANSFORM]
     steps = tvm.transform.Sequential(
         [
-            relax.backend.DispatchSampling(),
-            relax.backend.DispatchSortScan(),
-            t.DecomposeOpsForInference(),
-            t.CanonicalizeBindings(),
-            t.LegalizeOps(),
-            t.LiftTransformParams(),
-            t.DeadCodeElimination(entries),
-            t.AnnotateTIROpPattern(),
-            t.FoldConstant(),
-            t.FuseOps(),
-            t.FuseTIR(),
-            t.DeadCodeElimination(entries),
+            *fused_loops(),
             dlight.ApplyDefaultSchedule(
                 dlight.gpu.Matmul(),
                 dlight.gpu.GEMV(),
