@@ -35,7 +35,7 @@ from pruna_ir.backends.tvm_convolutions import (
     convolve,
     rule,
 )
-from pruna_ir.backends.tvm_dot import BFLOAT16, INT8, Dot
+from pruna_ir.backends.tvm_dot import BFLOAT16, INT8
 from pruna_ir.backends.tvm_layouts import (
     Blocked,
     Halves,
@@ -48,6 +48,7 @@ from pruna_ir.backends.tvm_layouts import (
 )
 from pruna_ir.backends.tvm_loops import LANES
 from pruna_ir.backends.tvm_narrow_convolutions import narrow_convolution, packed
+from pruna_ir.backends.tvm_rewriter import rewrite_main
 
 _ELEMENTWISE = frozenset(
     f"relax.{name}"
@@ -77,56 +78,25 @@ def block_convolutions(
         parameters: the values of the last arguments of ``main``, in order.
         choose: the register tile of a convolution.
     """
-    from tvm import relax
-
-    made = relax.expr_functor.mutator(_rewriter())
     dots = frozenset(kind for kind in (INT8, BFLOAT16) if kind.is_covered(features))
-    rewriter = made(module, accumulators(features), dots, parameters, choose)
-    module = rewriter.rewritten(module)
-    return relax.transform.DeadCodeElimination(["main"])(module)
+    vectors = accumulators(features)
+    state: dict[str, Any] = {"vectors": vectors, "dots": dots, "choose": choose}
+    return rewrite_main(
+        module, parameters, _replacement, state | {"blocked": {}, "quantised": {}, "bytes": {}}
+    )
 
 
-def _rewriter() -> Any:
-    """The rewriting class; TVM is imported where it is needed only."""
-    from tvm import relax
-
-    class Rewriter(relax.PyExprMutator):  # type: ignore[misc]  # TVM is untyped
-        def __init__(
-            self, module: Any, vectors: int, dots: frozenset[Dot], parameters: Mapping[str, Any],
-            choose: Callable[[Place, int], Tile],
-        ) -> None:  # fmt: skip
-            super().__init__(module)
-            main = module["main"]
-            weights = main.params[int(main.attrs["num_input"]) :]
-            self.vectors, self.dots, self.choose = vectors, dots, choose
-            self.parameters = dict(zip(weights, parameters.values(), strict=True))
-            self.blocked: dict[Any, Blocked] = {}
-            self.quantised: dict[Any, Quantised] = {}
-            self.bytes: dict[Any, Blocked] = {}
-            self.bindings = {b.var: b.value for block in main.body.blocks for b in block.bindings}
-
-        def rewritten(self, module: Any) -> Any:
-            variable = module.get_global_var("main")
-            self.builder_.update_func(variable, self.visit_expr(module["main"]))
-            return self.builder_.finalize()
-
-        def visit_var_binding_(self, binding: Any) -> None:
-            plain = _flat_convolution(self, binding.value)
-            if plain is None:
-                plain = _on_bytes(self, binding)
-            made = None if plain is not None else _blocked_form(self, binding.value)
-            if made is not None:
-                blocked = Blocked(self.builder_.emit(made.value), made.channels)
-                self.blocked[binding.var] = blocked
-                plain = unblocked(self.builder_, blocked, binding.value.ty)
-            if plain is None:
-                super().visit_var_binding_(binding)
-                return
-            inner = isinstance(binding.var, relax.DataflowVar)
-            emit = self.builder_.emit if inner else self.builder_.emit_output
-            self.set_var_remap(binding.var, emit(plain))
-
-    return Rewriter
+def _replacement(rewriter: Any, binding: Any) -> Any:
+    """A value computed blocked, on bytes or as a product, as a plain tensor; None for others."""
+    plain = _flat_convolution(rewriter, binding.value)
+    if plain is None:
+        plain = _on_bytes(rewriter, binding)
+    made = None if plain is not None else _blocked_form(rewriter, binding.value)
+    if made is None:
+        return plain
+    blocked = Blocked(rewriter.builder_.emit(made.value), made.channels)
+    rewriter.blocked[binding.var] = blocked
+    return unblocked(rewriter.builder_, blocked, binding.value.ty)
 
 
 def _on_bytes(rewriter: Any, binding: Any) -> Any:
