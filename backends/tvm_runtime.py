@@ -22,6 +22,7 @@ import json
 import os
 import sys
 import time
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -115,14 +116,32 @@ def check_inputs(
                 raise UsageError(f"{actual}: dimension {size} is outside [{low}, {high}]")
 
 
-def leave_threads_free() -> None:
-    """Have TVM bind no thread to a core, unless the environment asks for it.
+def prepare_threads(threads: int = 0) -> None:
+    """Have TVM's pool use every core and bind no thread to one, or what the environment says.
 
-    TVM's pool otherwise binds the thread that first calls it to one core, for good; threads that
-    this one starts later inherit that, torch's among them, and processes side by side all
-    choose the same core. Too late where the pool runs already.
+    By itself TVM takes half of the processors for hyper-threads, also where each is a core. And it
+    binds the thread that first calls it to one core, for good: threads that this one starts later
+    inherit that, torch's among them. Too late where the pool runs already.
+
+    Args:
+        threads: at least so many, whatever the environment says of OpenMP.
     """
     os.environ.setdefault("TVM_BIND_THREADS", "0")
+    if "TVM_NUM_THREADS" not in os.environ:
+        openmp = os.environ.get("OMP_NUM_THREADS", "")
+        number = int(openmp) if openmp.isdecimal() and int(openmp) else physical_cores()
+        os.environ["TVM_NUM_THREADS"] = str(max(number, threads))
+
+
+def physical_cores(system: Path = Path("/sys/devices/system/cpu")) -> int:
+    """How many cores this process may use; hyper-threads of one core count once (on Linux)."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cores = set()
+    for number in os.sched_getaffinity(0):
+        siblings = system / f"cpu{number}" / "topology" / "thread_siblings_list"
+        cores.add(siblings.read_text(encoding="ascii") if siblings.is_file() else str(number))
+    return len(cores)
 
 
 def load_tvm(folder: Path, threads: int = 0) -> TvmRunner:
@@ -130,7 +149,8 @@ def load_tvm(folder: Path, threads: int = 0) -> TvmRunner:
 
     Args:
         folder: the artifact's folder.
-        threads: the number of threads of TVM's pool, which the whole process shares; 0 leaves it.
+        threads: the number of threads of TVM's pool, which the whole process shares; 0 leaves it:
+            at first one for each core. A warning where a pool that runs already has fewer.
 
     Raises:
         LoweringError: a file is missing or not what was written.
@@ -138,7 +158,7 @@ def load_tvm(folder: Path, threads: int = 0) -> TvmRunner:
     """
     description = _describe(folder)
     _check_processor(folder, description)
-    leave_threads_free()
+    prepare_threads(threads)
     try:
         import tvm
         from tvm.runtime.vm import VirtualMachine
@@ -149,7 +169,7 @@ def load_tvm(folder: Path, threads: int = 0) -> TvmRunner:
     device = _device(description)
     try:
         if threads:
-            tvm.get_global_func("runtime.config_threadpool")(1, threads)
+            _use_threads(tvm, threads)
         library = tvm.runtime.load_module(str(folder / LIBRARY))
         machine = VirtualMachine(library, device)
         stored = _read_parameters(folder, description["parameters"])
@@ -157,6 +177,18 @@ def load_tvm(folder: Path, threads: int = 0) -> TvmRunner:
     except (RuntimeError, OSError, ValueError, AttributeError) as error:
         raise LoweringError(f"{folder}: TVM refuses the artifact: {error}") from error
     return TvmRunner(machine, device, parameters, description)
+
+
+def _use_threads(tvm: Any, threads: int) -> None:
+    tvm.get_global_func("runtime.config_threadpool")(1, threads)
+    used = int(tvm.get_global_func("runtime.NumThreads")())
+    if used < threads:
+        warnings.warn(
+            f"TVM uses {used} of {threads} threads: its pool was started with {used}; set "
+            f"TVM_NUM_THREADS={threads} before the process starts",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _check_processor(folder: Path, description: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from pruna_ir.backends.to_tvm import ToTvm
 from pruna_ir.backends.tvm_loader import LOADER, loader_source
+from pruna_ir.backends.tvm_runtime import physical_cores
 from pruna_ir.build import build
 from pruna_ir.program import Program
 from tests.backends.backend_models import SmallCnn, inputs, program
@@ -99,7 +100,7 @@ sys.path.insert(0, sys.argv[1])
 from load import load_tvm
 from pathlib import Path
 before = os.sched_getaffinity(0)
-runner = load_tvm(Path(sys.argv[1]), threads=2)
+runner = load_tvm(Path(sys.argv[1]), threads=1)
 for _ in range(3):
     runner.run([np.zeros((3, 3, 17, 15), np.float32)])
 print("same" if os.sched_getaffinity(0) == before else "bound")
@@ -117,8 +118,54 @@ def test_no_thread_is_bound_to_a_core(
     settings: dict[str, str], expected: str, artifact: Path, packages: Path
 ) -> None:
     """The second is the control: so does TVM when it is asked."""
-    done = alone(packages, "-c", BOUND, str(artifact), **settings)
+    done = alone(packages, "-c", BOUND, str(artifact), TVM_NUM_THREADS="1", **settings)
     assert done.stdout == f"{expected}\n", done.stderr
+
+
+POOL = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from load import load_tvm, physical_cores
+from pathlib import Path
+load_tvm(Path(sys.argv[1]), threads=int(sys.argv[2]))
+import tvm
+print(tvm.get_global_func("runtime.NumThreads")(), physical_cores())
+"""
+
+
+@pytest.mark.parametrize(
+    ("threads", "settings", "expected"),
+    [
+        (0, {}, None),
+        (3, {}, 3),
+        (0, {"OMP_NUM_THREADS": "1"}, 1),
+        (3, {"OMP_NUM_THREADS": "1"}, 3),
+        (0, {"TVM_NUM_THREADS": "1", "OMP_NUM_THREADS": "2"}, 1),
+    ],
+)
+def test_every_core_is_used_unless_somebody_says_otherwise(
+    threads: int, settings: dict[str, str], expected: int | None, artifact: Path, packages: Path
+) -> None:
+    done = alone(packages, "-c", POOL, str(artifact), str(threads), **settings)
+    used, cores = map(int, done.stdout.split())
+    assert used == (cores if expected is None else expected), done.stderr
+    assert "RuntimeWarning" not in done.stderr
+
+
+def test_a_pool_that_is_too_small_is_a_warning(artifact: Path, packages: Path) -> None:
+    done = alone(packages, "-c", POOL, str(artifact), "3", TVM_NUM_THREADS="1")
+    assert done.stdout.startswith("1 ")
+    assert "RuntimeWarning: TVM uses 1 of 3 threads: its pool was started" in done.stderr
+
+
+def test_hyper_threads_of_one_core_count_once(tmp_path: Path) -> None:
+    allowed = os.sched_getaffinity(0)
+    assert physical_cores(tmp_path) == len(allowed)
+    for number in allowed:
+        folder = tmp_path / f"cpu{number}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text("0-255\n", encoding="ascii")
+    assert physical_cores(tmp_path) == 1
 
 
 def test_errors_come_as_messages_and_exit_codes(artifact: Path, packages: Path,
