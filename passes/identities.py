@@ -22,6 +22,10 @@ from pruna_ir.propagate import same_value
 
 aten = torch.ops.aten
 
+_COPIES = (aten.contiguous.default, aten.clone.default)
+_STRICT = (aten.view_as_complex.default,)
+"""Operators that refuse tensors whose memory is in another order: a copy before them stays."""
+
 _Bound = dict[str, Any]
 _Rule = Callable[[_Bound], fx.Node | None]
 
@@ -33,6 +37,8 @@ def identity_source(node: fx.Node, *, training: bool) -> fx.Node | None:
     if not isinstance(node.target, torch._ops.OpOverload):
         return None
     if training and node.target is aten.detach.default:
+        return None
+    if node.target in _COPIES and any(user.target in _STRICT for user in node.users):
         return None
     rule = _RULES.get(node.target)
     source = rule(bind_arguments(node)) if rule is not None else None

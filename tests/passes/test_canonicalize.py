@@ -431,3 +431,15 @@ def test_the_check_sees_a_lost_write():
     wrong.graph.erase_node(write)
     wrong.module.recompile()
     assert not check(Canonicalize(), program, wrong).passed
+
+
+def test_a_copy_that_an_operator_needs_stays() -> None:
+    """``view_as_complex`` refuses pairs that do not lie side by side."""
+
+    class Turned(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.view_as_real(torch.view_as_complex(x.transpose(1, 2).contiguous()) * 2)
+
+    x = torch.randn(2, 2, 5)
+    program = apply(Canonicalize(), capture(Turned().eval(), (x,))).program
+    assert torch.equal(program(x)[0], Turned()(x))
