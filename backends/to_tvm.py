@@ -134,6 +134,7 @@ class ToTvm:
         """
         if missing := self.availability().build:
             raise ToolchainError(missing)
+        tvm_runtime.prepare_threads()  # tuning and the folding of constants run code
         target = self._target()
         context.progress("tvm: import", 0, 2)
         imported = tvm_import.import_program(program)

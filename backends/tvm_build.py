@@ -35,7 +35,6 @@ from pruna_ir.backends.tvm_runtime import (
     PARAMETERS,
     TRANSFORM,
     file_digest,
-    prepare_threads,
     processor_features,
 )
 from pruna_ir.backends.tvm_schedules import covers, schedule_module
@@ -103,7 +102,6 @@ def build(
         LoweringError: TVM cannot compile the module or link the library.
         UsageError: a tuning record does not fit.
     """
-    prepare_threads()  # constants are folded by running code
     import tvm
 
     try:

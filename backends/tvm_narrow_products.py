@@ -44,4 +44,3 @@ def _narrow_form(rewriter: Any, binding: Any) -> Any:
         return None
     made = (form(rewriter, call) for form in rewriter.forms)
     return next((form for form in made if form is not None), None)
-

@@ -25,6 +25,7 @@ the operator would be 0.93 to 0.99 times as fast, so it is spelt out, at 0.98 to
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -116,12 +117,11 @@ def attention_block_reference(
     scale: float,
 ) -> Any:
     """The operator's meaning in ATen operators."""
-    qkv = _aten.linear.default(x, qkv_weight, qkv_bias)
-    query, key, value = _parts(qkv, qkv_weight, out_weight, heads, key_heads)
-    key, value = _repeated(x, key, value, heads // key_heads)
-    seen = causal_mask(x, size_of(x, -2), size_of(x, -2)) if causal else None
-    mixed = attend(query, key, value, mask, seen, scale)
-    return _aten.linear.default(_joined(mixed), out_weight, out_bias)
+    def mixed(query: Any, key: Any, value: Any) -> Any:
+        seen = causal_mask(x, size_of(x, -2), size_of(x, -2)) if causal else None
+        return attend(query, key, value, mask, seen, scale)
+
+    return _around(mixed, x, qkv_weight, qkv_bias, out_weight, out_bias, heads, key_heads)
 
 
 def attention_block_decomposition(
@@ -137,11 +137,28 @@ def attention_block_decomposition(
     scale: float,
 ) -> Any:
     """The operator as two linear layers around ATen's own attention, keys repeated."""
+    def mixed(query: Any, key: Any, value: Any) -> Any:
+        return _SDPA(query, key, value, mask, is_causal=causal, scale=float(scale))
+
+    return _around(mixed, x, qkv_weight, qkv_bias, out_weight, out_bias, heads, key_heads)
+
+
+def _around(
+    mixed: Callable[[Any, Any, Any], Any],
+    x: Any,
+    qkv_weight: Any,
+    qkv_bias: Any,
+    out_weight: Any,
+    out_bias: Any,
+    heads: int,
+    key_heads: int,
+) -> Any:
+    """Both layers around an attention with a head of keys for every head of queries."""
     qkv = _aten.linear.default(x, qkv_weight, qkv_bias)
     query, key, value = _parts(qkv, qkv_weight, out_weight, heads, key_heads)
-    key, value = _repeated(x, key, value, heads // key_heads)
-    mixed = _SDPA(query, key, value, mask, is_causal=causal, scale=float(scale))
-    return _aten.linear.default(_joined(mixed), out_weight, out_bias)
+    rank, groups = len(value_of(x).shape) + 1, heads // key_heads
+    key, value = repeat_heads(key, groups, rank), repeat_heads(value, groups, rank)
+    return _aten.linear.default(_joined(mixed(query, key, value)), out_weight, out_bias)
 
 
 def _parts(
@@ -161,12 +178,6 @@ def _parts(
 def _joined(mixed: Any) -> Any:
     """[..., heads, tokens, size] to [..., tokens, heads * size]."""
     return _aten.flatten.using_ints(_aten.transpose.int(mixed, -3, -2), -2, -1)
-
-
-def _repeated(x: Any, key: Any, value: Any, groups: int) -> tuple[Any, Any]:
-    """Key and value with a head of their own for every head of queries."""
-    rank = len(value_of(x).shape) + 1
-    return repeat_heads(key, groups, rank), repeat_heads(value, groups, rank)
 
 
 def _head_sizes(qkv_weight: Any, out_weight: Any, heads: int, key_heads: int) -> tuple[int, int]:
